@@ -1,0 +1,36 @@
+// The threads of one CPU backend. The caller is one of them, so a pool of n starts n - 1. Workers spin briefly after a
+// job, then sleep on a futex: a busy machine loses microseconds, not a core. No OpenMP, no thread start per job.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace fastllm {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);  // >= 1
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const;
+
+  // Runs fn(i) for i in [0, size()), one call per thread, the caller being thread 0; returns when all are done. Not
+  // reentrant; one caller at a time. fn must not throw.
+  template <class F>
+  void run(F&& fn) {
+    run_raw([](void* ctx, int i) { (*static_cast<std::remove_reference_t<F>*>(ctx))(i); }, &fn);
+  }
+
+ private:
+  void run_raw(void (*fn)(void*, int), void* ctx);
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// Cores this process may use: affinity and cgroup quota, at least 1.
+int usable_cores();
+
+}  // namespace fastllm

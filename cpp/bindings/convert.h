@@ -1,0 +1,40 @@
+// Between Python objects and the engine's plain structs. GIL held everywhere in here.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+
+#include "fastllm/error.h"
+#include "fastllm/types.h"
+#include "fastllm/weights.h"
+
+namespace fastllm {
+
+namespace py = pybind11;
+
+SourceType source_type_from_name(const std::string& name);
+WeightTransform transform_from_name(const std::string& name);
+PreemptionMode preemption_from_name(const std::string& name);
+SchedulingPolicy policy_from_name(const std::string& name);
+const char* name_of(PreemptionMode mode);
+const char* name_of(SchedulingPolicy policy);
+py::object finish_name(FinishReason reason);  // None while running
+
+// Keeps a Python object alive from threads that do not hold the GIL; the last owner takes the GIL to let go.
+std::shared_ptr<py::object> share(py::object object);
+
+// A view of the buffer's memory, contiguous, read-only. Throws InvalidArgument.
+SourceTensor source_tensor(const std::string& name, const std::string& type, std::vector<std::int64_t> shape,
+                           const py::object& data, int interleaved_head_dim);
+
+std::shared_ptr<LogitsProcessor> logits_processor(const py::object& callable);  // None gives null
+std::shared_ptr<TokenMask> token_mask(const py::object& mask);                  // None gives null
+
+void bind_types(py::module_& m);
+void bind_engine(py::module_& m);
+
+}  // namespace fastllm

@@ -1,0 +1,48 @@
+// The native module fastllm._core; its Python signatures are in python/fastllm/_core.pyi.
+#include "backend/backend.h"
+#include "base/thread_pool.h"
+#include "bindings/convert.h"
+#include "fastllm/version.h"
+#include "model/bundle_writer.h"
+#include "model/dequant.h"
+
+namespace fastllm {
+namespace {
+
+py::array_t<float> dequantize(const std::string& type, const py::object& data, std::int64_t rows, std::int64_t cols) {
+  if (rows < 0 || cols < 0) throw InvalidArgument("dequantize: rows and cols must not be negative");
+  const SourceTensor source = source_tensor("data", type, {rows, cols}, data, 0);
+  py::array_t<float> out({rows, cols});
+  float* target = out.mutable_data();
+  py::gil_scoped_release release;
+  dequantize_rows(source, 0, rows, target);
+  return out;
+}
+
+}  // namespace
+}  // namespace fastllm
+
+PYBIND11_MODULE(_core, m) {
+  using namespace fastllm;
+  m.doc() = "The fastllm engine: tokens in, tokens out.";
+  m.attr("__version__") = FASTLLM_VERSION;
+
+  auto& base = py::register_exception<Error>(m, "FastllmError", PyExc_RuntimeError);
+  const auto invalid_bases = py::make_tuple(base, py::handle(PyExc_ValueError));
+  py::register_exception<InvalidArgument>(m, "InvalidArgument", invalid_bases.ptr());
+  py::register_exception<LoadError>(m, "LoadError", base);
+  py::register_exception<ResourceError>(m, "ResourceError", base);
+
+  bind_types(m);
+  bind_engine(m);
+
+  m.def("dequantize", &dequantize, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("cols"));
+  m.def(
+      "export_weights",
+      [](const std::string& spec_json, const std::vector<WeightBinding>& weights, const std::string& path,
+         const std::string& dtype) { write_weights(spec_from_json(spec_json), weights, path, dtype); },
+      py::arg("spec_json"), py::arg("weights"), py::arg("path"), py::arg("dtype"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def("usable_cores", &usable_cores);
+  m.def("cpu_isa", [] { return make_cpu_backend(1)->info().name; });
+}

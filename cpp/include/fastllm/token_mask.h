@@ -1,0 +1,29 @@
+// Two hooks into sampling that a host may attach to a request. Both are called with every token of the sequence known,
+// so a sequence that has one is planned only when none of its steps is in flight.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+namespace fastllm {
+
+// Structured output. Called on the engine thread while the device computes the logits.
+class TokenMask {
+ public:
+  virtual ~TokenMask() = default;
+  // Writes one bit per vocabulary id, 1 = allowed; `bits` has ceil(vocab / 32) words, bit i of word w is id 32 w + i.
+  virtual void fill(std::span<std::uint32_t> bits) = 0;
+  // Tells the grammar which token was sampled.
+  virtual void accept(std::int32_t token) = 0;
+};
+
+// A caller's own change to the logits, the reference hook for custom sampling. Called on the thread of rank 0 before
+// every other step of sampling; may block, which stalls the whole step. An exception fails this request only.
+class LogitsProcessor {
+ public:
+  virtual ~LogitsProcessor() = default;
+  // `tokens`: prompt then output so far; `logits`: [vocab] fp32, changed in place.
+  virtual void process(std::span<const std::int32_t> tokens, int num_prompt, std::span<float> logits) = 0;
+};
+
+}  // namespace fastllm

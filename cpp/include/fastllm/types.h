@@ -1,0 +1,143 @@
+// Everything a host exchanges with the engine: configuration, requests, results, statistics.
+// Plain data, standard library only. Text never appears here: tokens in, tokens out.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fastllm/token_mask.h"
+
+namespace fastllm {
+
+using TokenId = std::int32_t;
+using Clock = std::chrono::steady_clock;
+using TimePoint = Clock::time_point;
+
+enum class FinishReason : std::uint8_t {
+  None,    // still running
+  Stop,    // end-of-sequence or a stop id
+  Length,  // max_tokens or the model's length reached
+  Abort,   // the caller aborted, or the engine shut down
+  Error,   // TokenDelta::error says why
+};
+
+// How to choose the next token. The order is vLLM's: raw log-probabilities are taken first, then logit bias and
+// min_tokens, penalties, temperature, min_p, top_k, top_p.
+struct SamplingParams {
+  float temperature = 1.0f;         // >= 0; 0 is greedy
+  float top_p = 1.0f;               // (0, 1]
+  float min_p = 0.0f;               // [0, 1]; keep tokens with p >= min_p * max p
+  int top_k = 0;                    // 0 or -1: off
+  float repetition_penalty = 1.0f;  // > 0; over prompt and output (CTRL, arXiv:1909.05858)
+  float presence_penalty = 0.0f;    // [-2, 2]; over output
+  float frequency_penalty = 0.0f;   // [-2, 2]; over output
+  int n = 1;                        // parallel samples that share the prompt's KV
+  int beam_width = 0;               // reserved for beam search; must be 0
+  std::optional<std::uint64_t> seed;
+  int max_tokens = 16;  // >= 1; output tokens
+  int min_tokens = 0;   // output tokens before an EOS or stop id may be sampled
+  bool ignore_eos = false;
+  std::vector<TokenId> stop_ids;                       // end the sequence; kept in the output
+  std::vector<std::pair<TokenId, float>> logit_bias;   // added to the raw logit
+  int logprobs = -1;                                   // top alternatives per output token; 0: the sampled one only; -1: off
+  int prompt_logprobs = -1;                            // the same for prompt tokens
+};
+
+struct RequestInput {
+  std::uint64_t id = 0;  // the caller's; unique among live requests
+  std::vector<TokenId> prompt;
+  SamplingParams sampling;
+  int priority = 0;                   // lower runs first when the policy is Priority
+  std::optional<TimePoint> deadline;  // still waiting then: finished with Error
+  std::string cache_salt;             // requests share cached prefixes only within one salt
+  int adapter = -1;                   // reserved; -1 is the base model
+  std::shared_ptr<TokenMask> mask;    // constrains the output (grammar)
+  std::shared_ptr<LogitsProcessor> logits_processor;
+};
+
+struct TokenLogprob {
+  TokenId token = 0;
+  float logprob = 0;  // natural log
+  int rank = 0;       // 1 is the most likely token of the vocabulary
+};
+
+// One position: the token that stands there and its most likely alternatives, best first.
+struct PositionLogprobs {
+  TokenLogprob chosen;
+  std::vector<TokenLogprob> top;
+};
+
+struct RequestTimes {
+  TimePoint arrival{};          // submit() was called
+  TimePoint first_scheduled{};  // first planned; minus arrival is the queue time
+  TimePoint first_token{};
+  TimePoint finished{};
+};
+
+// What became known of one sequence since the last poll().
+struct TokenDelta {
+  std::uint64_t id = 0;
+  int index = 0;                // 0..n-1
+  std::vector<TokenId> tokens;  // new output tokens, in order
+  std::vector<PositionLogprobs> logprobs;         // one per token, if asked for
+  std::vector<PositionLogprobs> prompt_logprobs;  // positions 1..num_prompt-1, with the first tokens of index 0
+  FinishReason finish = FinishReason::None;
+  TokenId stop_token = -1;       // the id that ended the sequence, when finish is Stop
+  int cached_tokens = 0;         // prompt tokens served by the prefix cache, at first admission
+  std::string error;             // a sentence, when finish is Error
+  RequestTimes times;            // filled as known
+};
+
+enum class SchedulingPolicy : std::uint8_t { Fcfs, Priority };
+enum class PreemptionMode : std::uint8_t { Recompute, Swap };  // Swap falls back to Recompute when host blocks run out
+
+struct EngineConfig {
+  std::string device = "cpu";
+  std::string dtype = "bfloat16";    // weights and activations: "float32" or "bfloat16"
+  int max_model_len = 0;             // tokens of prompt + output; 0: the model's own limit
+  int max_num_seqs = 256;            // sequences resident at once (slots)
+  int max_step_tokens = 2048;        // token budget of one step
+  int max_chunk = 0;                 // tokens of one prompt per step; 0: no limit but the budget
+  int block_size = 16;               // tokens per KV block
+  std::int64_t kv_cache_bytes = 0;   // 0: sized from the model, the limits and the free memory
+  std::int64_t num_blocks = 0;       // overrides kv_cache_bytes; usable blocks, the reserved one not counted
+  std::int64_t swap_bytes = 0;       // host memory for swapped-out blocks
+  PreemptionMode preemption = PreemptionMode::Recompute;
+  SchedulingPolicy policy = SchedulingPolicy::Fcfs;
+  bool prefix_caching = true;
+  int async_depth = 2;               // steps in flight; 1 is synchronous
+  int tensor_parallel_size = 1;
+  int cpu_threads = 0;               // over all ranks; 0: the cores this process may use
+  int max_logprobs = 20;             // most alternatives a request may ask for
+  int max_waiting = 0;               // requests waiting; more are refused with Error; 0: no limit
+  std::uint64_t seed = 0;            // for requests without one
+  bool check_invariants = false;     // validate scheduler and KV state after every step (slow)
+};
+
+struct EngineStats {
+  int num_running = 0;  // sequences
+  int num_waiting = 0;
+  int num_swapped = 0;
+  std::int64_t total_blocks = 0;
+  std::int64_t used_blocks = 0;      // referenced by a sequence
+  std::int64_t cached_blocks = 0;    // unreferenced but matchable
+  std::int64_t num_steps = 0;
+  std::int64_t prompt_tokens = 0;      // computed, cache hits not counted
+  std::int64_t generated_tokens = 0;
+  std::int64_t prefix_queries = 0;     // tokens looked up
+  std::int64_t prefix_hits = 0;        // tokens found
+  std::int64_t num_preemptions = 0;
+  std::int64_t num_finished = 0;       // requests
+  std::int64_t num_aborted = 0;        // requests
+  std::int64_t block_leaks = 0;        // blocks still referenced when the engine was idle: must stay 0
+  double last_step_age_s = 0;          // since the engine thread last finished a turn
+  bool healthy = true;                 // false after a fault of the executor
+};
+
+}  // namespace fastllm

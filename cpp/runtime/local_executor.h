@@ -1,0 +1,17 @@
+// The Executor of one process: a thread per tensor-parallel rank, each with its own backend, KV pool and slots. Ranks
+// get the same plan by pointer and run plans in order.
+#pragma once
+
+#include <memory>
+
+#include "fastllm/types.h"
+#include "fastllm/weights.h"
+#include "runtime/executor.h"
+
+namespace fastllm {
+
+// Loads and packs the weights on every rank. `config` is complete: no zeros are left to choose but num_blocks and
+// kv_cache_bytes. Throws fastllm::Error.
+std::unique_ptr<Executor> make_local_executor(const EngineConfig& config, ModelSource source, LoadProgress progress);
+
+}  // namespace fastllm

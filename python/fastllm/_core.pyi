@@ -1,0 +1,170 @@
+"""The C++ engine as Python sees it: tokens in, tokens out. Built from cpp/bindings; see cpp/include/fastllm/*.h."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+class FastllmError(RuntimeError): ...
+class InvalidArgument(FastllmError, ValueError): ...
+class LoadError(FastllmError): ...
+class ResourceError(FastllmError): ...
+
+class EngineConfig:
+    """fastllm::EngineConfig: every field is a keyword and an attribute, with C++'s default (see fastllm/types.h)."""
+
+    device: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_step_tokens: int
+    max_chunk: int
+    block_size: int
+    kv_cache_bytes: int
+    num_blocks: int
+    swap_bytes: int
+    preemption: str  # "recompute" | "swap"
+    policy: str  # "fcfs" | "priority"
+    prefix_caching: bool
+    async_depth: int
+    tensor_parallel_size: int
+    cpu_threads: int
+    max_logprobs: int
+    max_waiting: int
+    seed: int
+    check_invariants: bool
+    def __init__(self, **fields: Any) -> None: ...
+
+class SamplingParams:
+    """fastllm::SamplingParams: every field is a keyword and an attribute (see fastllm/types.h)."""
+
+    temperature: float
+    top_p: float
+    min_p: float
+    top_k: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    n: int
+    beam_width: int
+    seed: int | None
+    max_tokens: int
+    min_tokens: int
+    ignore_eos: bool
+    stop_ids: list[int]
+    logit_bias: list[tuple[int, float]]
+    logprobs: int
+    prompt_logprobs: int
+    def __init__(self, **fields: Any) -> None: ...
+
+class SourceTensor:
+    """One checkpoint tensor; `data` is any object with the buffer protocol and is kept alive, never copied."""
+
+    def __init__(
+        self, name: str, type: str, shape: Sequence[int], data: Any, interleaved_head_dim: int = 0
+    ) -> None: ...
+
+class WeightBinding:
+    """transform: "copy" | "transpose" | "qkv_concat" | "qkv_grouped" | "gate_up_concat"."""
+
+    def __init__(
+        self, canonical: str, sources: Sequence[SourceTensor], transform: str = "copy", add_one: bool = False
+    ) -> None: ...
+
+# (token, logprob, rank)
+LogprobEntry = tuple[int, float, int]
+# (the token that stands there, its alternatives best first)
+PositionLogprobs = tuple[LogprobEntry, list[LogprobEntry]]
+
+class TokenDelta:
+    """What became known of one sequence since the last poll."""
+
+    id: int
+    index: int
+    tokens: list[int]
+    logprobs: list[PositionLogprobs]
+    prompt_logprobs: list[PositionLogprobs]
+    finish: str | None  # None | "stop" | "length" | "abort" | "error"
+    stop_token: int | None
+    cached_tokens: int
+    error: str
+    # time.monotonic() seconds: arrival, first scheduled, first token, finished; 0.0 while unknown
+    times: tuple[float, float, float, float]
+
+class EngineStats:
+    """fastllm::EngineStats, a snapshot."""
+
+    num_running: int
+    num_waiting: int
+    num_swapped: int
+    total_blocks: int
+    used_blocks: int
+    cached_blocks: int
+    num_steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+    num_preemptions: int
+    num_finished: int
+    num_aborted: int
+    block_leaks: int
+    last_step_age_s: float
+    healthy: bool
+
+class Engine:
+    @staticmethod
+    def create(
+        config: EngineConfig,
+        spec_json: str,
+        weights: Sequence[WeightBinding],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Engine: ...
+    @staticmethod
+    def open(
+        config: EngineConfig, bundle_dir: str, progress: Callable[[int, int], None] | None = None
+    ) -> Engine: ...
+    @staticmethod
+    def create_null(
+        config: EngineConfig, vocab: int = 32000, max_len: int = 4096, eos: Sequence[int] = (), step_us: int = 0
+    ) -> Engine: ...
+    def submit(
+        self,
+        id: int,
+        prompt: Sequence[int] | NDArray[np.int32],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        cache_salt: str = "",
+        logits_processor: Callable[[list[int], list[int], NDArray[np.float32]], Any] | None = None,
+        mask: Any | None = None,
+    ) -> None:
+        """Never blocks. logits_processor(prompt_ids, output_ids, logits) changes the row in place or returns a new one.
+
+        mask: an object with fill(bits: NDArray[uint32]) and accept(token: int); see TokenMask.
+        """
+    def abort(self, id: int) -> None: ...
+    def poll(self, timeout_s: float = 0.0) -> list[TokenDelta]:
+        """Everything since the last poll; the GIL is released while it waits."""
+    def event_fd(self) -> int: ...
+    def stats(self) -> EngineStats: ...
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def spec_json(self) -> str: ...
+    def reset_prefix_cache(self) -> None: ...
+    def drain(self, timeout_s: float) -> bool: ...
+    def shutdown(self) -> None: ...
+
+def dequantize(type: str, data: Any, rows: int, cols: int) -> NDArray[np.float32]:
+    """[rows, cols] fp32 from checkpoint rows of a SourceType, for tests and conversion."""
+
+def export_weights(spec_json: str, weights: Sequence[WeightBinding], path: str, dtype: str) -> None:
+    """Writes canonical tensors as safetensors, one at a time. dtype: "float32" | "bfloat16" | "float16"."""
+
+def usable_cores() -> int: ...
+def cpu_isa() -> str: ...
