@@ -49,8 +49,8 @@ class PackedWeight {
   virtual std::size_t bytes() const = 0;
 };
 
-// One row of a step as attention sees it: tokens [token_begin, token_begin + num_tokens) of the batch stand at positions
-// [first_pos, first_pos + num_tokens) and read every KV position up to their own.
+// One row of a step as attention sees it: tokens [token_begin, token_begin + num_tokens) of the batch stand at
+// positions [first_pos, first_pos + num_tokens) and read every KV position up to their own.
 struct AttnRow {
   std::int32_t token_begin = 0, num_tokens = 0, first_pos = 0;
   const BlockId* table = nullptr;  // host memory; entry i holds positions [i * block_size, (i + 1) * block_size)
@@ -65,8 +65,8 @@ class AttnPlan {
 struct AttnArgs {
   int heads = 0, kv_heads = 0, head_dim = 0;  // of this rank
   float scale = 0;
-  float softcap = 0;  // s = softcap * tanh(s / softcap) before masking; 0: off
-  int window = 0;     // positions attended to, the current one included; 0: all
+  float softcap = 0;                    // s = softcap * tanh(s / softcap) before masking; 0: off
+  int window = 0;                       // positions attended to, the current one included; 0: all
   std::span<const float> alibi_slopes;  // per head, empty: none
 };
 
@@ -84,7 +84,7 @@ inline constexpr std::int32_t kInPrompt = 1 << 30;
 // How to sample one row of logits.
 struct SampleRow {
   float temperature = 1, top_p = 1, min_p = 0;
-  int top_k = 0;                    // 0: off
+  int top_k = 0;  // 0: off
   float repetition_penalty = 1, presence_penalty = 0, frequency_penalty = 0;
   PenaltyCounts* counts = nullptr;  // null when no penalty is set; sample() counts the sampled token
   std::span<const std::pair<std::int32_t, float>> logit_bias;
@@ -95,21 +95,21 @@ struct SampleRow {
 };
 
 struct LogprobRequest {
-  std::int32_t row = 0;      // of the logits
-  std::int32_t token = 0;    // whose log-probability is wanted
-  std::int32_t top = 0;      // alternatives
+  std::int32_t row = 0;    // of the logits
+  std::int32_t token = 0;  // whose log-probability is wanted
+  std::int32_t top = 0;    // alternatives
 };
 
 struct LogprobResult {
   float logprob = 0;
-  std::int32_t rank = 0;  // 1 + number of tokens with a greater logit
+  std::int32_t rank = 0;                            // 1 + number of tokens with a greater logit
   std::vector<std::pair<std::int32_t, float>> top;  // {token, logprob}, best first, ties by lower id
 };
 
 struct DeviceInfo {
-  std::string name;                // "cpu (amx, 2 threads)"
-  std::int64_t memory_free = 0;    // bytes this process may still take
-  std::int64_t memory_total = 0;   // bytes
+  std::string name;               // "cpu (amx, 2 threads)"
+  std::int64_t memory_free = 0;   // bytes this process may still take
+  std::int64_t memory_total = 0;  // bytes
 };
 
 class Backend {
@@ -131,7 +131,8 @@ class Backend {
   virtual void add_positions(const Tensor& x, std::span<const std::int32_t> positions, const Tensor& table) = 0;
 
   // out = norm(x) * weight (+ bias).   x: [N, H] F32, or the activation dtype (N heads of head_dim); out: activation
-  virtual void norm(const Tensor& out, const Tensor& x, const NormSpec& spec, const float* weight, const float* bias) = 0;
+  virtual void norm(const Tensor& out, const Tensor& x, const NormSpec& spec, const float* weight,
+                    const float* bias) = 0;
   // residual += delta; out = norm(residual).   delta: [T, H] F32
   virtual void add_norm(const Tensor& out, const Tensor& residual, const Tensor& delta, const NormSpec& spec,
                         const float* weight, const float* bias) {
@@ -139,8 +140,10 @@ class Backend {
     norm(out, residual, spec, weight, bias);
   }
 
-  // out = x w^T (+ bias), or out += x w^T (+ bias) when accumulate.  x: [M, in] activation; out: [M, out] activation or F32
-  virtual void linear(const Tensor& out, const Tensor& x, const PackedWeight& w, const float* bias, bool accumulate) = 0;
+  // out = x w^T (+ bias), or out += x w^T (+ bias) when accumulate.  x: [M, in] activation; out: [M, out] activation or
+  // F32
+  virtual void linear(const Tensor& out, const Tensor& x, const PackedWeight& w, const float* bias,
+                      bool accumulate) = 0;
 
   // qkv: [T, (heads + 2 kv_heads) head_dim] activation. Norms q and k per head (null weight: none), rotates them in
   // place, and stores k and v at the positions of `rows`.
@@ -154,8 +157,8 @@ class Backend {
 
   // out = act(gate) * up.   gate_up: [T, 2 inner], gate first; out: [T, inner]
   virtual void gated_act(const Tensor& out, const Tensor& gate_up, Activation act) = 0;
-  virtual void act(const Tensor& x, Activation act) = 0;                  // in place
-  virtual void add(const Tensor& x, const Tensor& y) = 0;                 // x += y, same shape, F32
+  virtual void act(const Tensor& x, Activation act) = 0;   // in place
+  virtual void add(const Tensor& x, const Tensor& y) = 0;  // x += y, same shape, F32
   // out[i] = x[rows[i]]; same dtype
   virtual void gather_rows(const Tensor& out, const Tensor& x, std::span<const std::int32_t> rows) = 0;
 

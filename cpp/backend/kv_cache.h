@@ -32,8 +32,7 @@ struct KvView {
 };
 
 inline KvView layer_view(void* pool, const KvShape& s, int layer) {
-  auto* p = static_cast<std::byte*>(pool) +
-            static_cast<std::size_t>(layer * s.layer_stride()) * size_of(s.dtype);
+  auto* p = static_cast<std::byte*>(pool) + static_cast<std::size_t>(layer * s.layer_stride()) * size_of(s.dtype);
   return {p, s.dtype, s.kv_heads, s.block_size, s.head_dim, s.block_stride(), s.kv_stride(), s.head_stride()};
 }
 

@@ -70,7 +70,8 @@ class PyLogitsProcessor : public LogitsProcessor {
     try {
       const auto prompt = static_cast<std::size_t>(num_prompt);
       // The capsule lends the row: the array must not free it, and writing to it changes the logits.
-      py::array_t<float> row(static_cast<py::ssize_t>(logits.size()), logits.data(), py::capsule(logits.data(), [](void*) {}));
+      py::array_t<float> row(static_cast<py::ssize_t>(logits.size()), logits.data(),
+                             py::capsule(logits.data(), [](void*) {}));
       py::object result = (*callable_)(ids_to_list(tokens.first(prompt)), ids_to_list(tokens.subspan(prompt)), row);
       if (result.is_none() || result.is(row)) return;
       auto changed = py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(result);
@@ -95,7 +96,8 @@ class PyTokenMask : public TokenMask {
   void fill(std::span<std::uint32_t> bits) override {
     py::gil_scoped_acquire gil;
     try {
-      py::array_t<std::uint32_t> view(static_cast<py::ssize_t>(bits.size()), bits.data(), py::capsule(bits.data(), [](void*) {}));
+      py::array_t<std::uint32_t> view(static_cast<py::ssize_t>(bits.size()), bits.data(),
+                                      py::capsule(bits.data(), [](void*) {}));
       mask_->attr("fill")(view);
     } catch (py::error_already_set& e) {
       rethrow("the token mask", e);
@@ -126,11 +128,16 @@ const char* name_of(SchedulingPolicy policy) { return policy == SchedulingPolicy
 
 py::object finish_name(FinishReason reason) {
   switch (reason) {
-    case FinishReason::None: return py::none();
-    case FinishReason::Stop: return py::str("stop");
-    case FinishReason::Length: return py::str("length");
-    case FinishReason::Abort: return py::str("abort");
-    case FinishReason::Error: return py::str("error");
+    case FinishReason::None:
+      return py::none();
+    case FinishReason::Stop:
+      return py::str("stop");
+    case FinishReason::Length:
+      return py::str("length");
+    case FinishReason::Abort:
+      return py::str("abort");
+    case FinishReason::Error:
+      return py::str("error");
   }
   return py::none();
 }
@@ -157,7 +164,13 @@ SourceTensor source_tensor(const std::string& name, const std::string& type, std
     PyBuffer_Release(buffer);
     delete buffer;
   });
-  return {name, source_type_from_name(type), std::move(shape), buffer->buf, buffer->len, std::move(owner), interleaved_head_dim};
+  return {name,
+          source_type_from_name(type),
+          std::move(shape),
+          buffer->buf,
+          buffer->len,
+          std::move(owner),
+          interleaved_head_dim};
 }
 
 std::shared_ptr<LogitsProcessor> logits_processor(const py::object& callable) {

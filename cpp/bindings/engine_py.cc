@@ -44,7 +44,8 @@ EngineHolder open(const EngineConfig& config, const std::string& bundle_dir, con
   return EngineHolder(Engine::open(config, bundle_dir, std::move(report)).release());
 }
 
-EngineHolder create_null(const EngineConfig& config, int vocab, int max_len, std::vector<TokenId> eos, std::int64_t step_us) {
+EngineHolder create_null(const EngineConfig& config, int vocab, int max_len, std::vector<TokenId> eos,
+                         std::int64_t step_us) {
   py::gil_scoped_release release;
   return EngineHolder(Engine::create_null(config, NullModel{vocab, max_len, std::move(eos), step_us}).release());
 }
@@ -52,7 +53,8 @@ EngineHolder create_null(const EngineConfig& config, int vocab, int max_len, std
 using TokenArray = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
 
 void submit(Engine& engine, std::uint64_t id, const TokenArray& prompt, const SamplingParams& params, int priority,
-            std::optional<double> timeout_s, std::string cache_salt, const py::object& processor, const py::object& mask) {
+            std::optional<double> timeout_s, std::string cache_salt, const py::object& processor,
+            const py::object& mask) {
   RequestInput input;
   input.id = id;
   input.prompt.assign(prompt.data(), prompt.data() + prompt.size());
@@ -83,9 +85,9 @@ void bind_engine(py::module_& m) {
       .def_static("open", &open, py::arg("config"), py::arg("bundle_dir"), py::arg("progress") = py::none())
       .def_static("create_null", &create_null, py::arg("config"), py::arg("vocab") = 32000, py::arg("max_len") = 4096,
                   py::arg("eos") = std::vector<TokenId>{}, py::arg("step_us") = 0)
-      .def("submit", &submit, py::arg("id"), py::arg("prompt"), py::arg("params"), py::kw_only(), py::arg("priority") = 0,
-           py::arg("timeout_s") = py::none(), py::arg("cache_salt") = "", py::arg("logits_processor") = py::none(),
-           py::arg("mask") = py::none())
+      .def("submit", &submit, py::arg("id"), py::arg("prompt"), py::arg("params"), py::kw_only(),
+           py::arg("priority") = 0, py::arg("timeout_s") = py::none(), py::arg("cache_salt") = "",
+           py::arg("logits_processor") = py::none(), py::arg("mask") = py::none())
       .def("abort", &Engine::abort, py::arg("id"), release())
       .def("poll", &poll, py::arg("timeout_s") = 0.0)
       .def("event_fd", &Engine::event_fd)

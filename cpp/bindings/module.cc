@@ -9,13 +9,26 @@
 namespace fastllm {
 namespace {
 
-py::array_t<float> dequantize(const std::string& type, const py::object& data, std::int64_t rows, std::int64_t cols) {
-  if (rows < 0 || cols < 0) throw InvalidArgument("dequantize: rows and cols must not be negative");
+// [rows, cols] fp32; the buffer holds whole rows, one after the other.
+py::array_t<float> dequantize_rows(const std::string& type, const py::object& data, std::int64_t rows,
+                                   std::int64_t cols) {
   const SourceTensor source = source_tensor("data", type, {rows, cols}, data, 0);
+  const SourceFormat& format = format_of(source.type);
+  if (rows < 0 || cols < 0 || cols % format.block_elements != 0) {
+    throw InvalidArgument("dequantize: [" + std::to_string(rows) + ", " + std::to_string(cols) + "] is no shape of " +
+                          type + ", whose rows are multiples of " + std::to_string(format.block_elements));
+  }
+  const std::int64_t row_bytes = cols / format.block_elements * format.block_bytes;
+  if (row_bytes > 0 && rows > source.bytes / row_bytes) {
+    throw InvalidArgument("dequantize: " + std::to_string(source.bytes) + " bytes are too few for " +
+                          std::to_string(rows) + " rows of " + std::to_string(row_bytes));
+  }
   py::array_t<float> out({rows, cols});
   float* target = out.mutable_data();
   py::gil_scoped_release release;
-  dequantize_rows(source, 0, rows, target);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    dequantize(source.type, static_cast<const std::byte*>(source.data) + r * row_bytes, 0, cols, target + r * cols);
+  }
   return out;
 }
 
@@ -36,7 +49,7 @@ PYBIND11_MODULE(_core, m) {
   bind_types(m);
   bind_engine(m);
 
-  m.def("dequantize", &dequantize, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("cols"));
+  m.def("dequantize", &dequantize_rows, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("cols"));
   m.def(
       "export_weights",
       [](const std::string& spec_json, const std::vector<WeightBinding>& weights, const std::string& path,

@@ -88,7 +88,8 @@ void bind_types(py::module_& m) {
       .def_readonly("shape", &SourceTensor::shape);
 
   py::class_<WeightBinding>(m, "WeightBinding")
-      .def(py::init([](std::string canonical, std::vector<SourceTensor> sources, const std::string& transform, bool add_one) {
+      .def(py::init([](std::string canonical, std::vector<SourceTensor> sources, const std::string& transform,
+                       bool add_one) {
              return WeightBinding{std::move(canonical), transform_from_name(transform), add_one, std::move(sources)};
            }),
            py::arg("canonical"), py::arg("sources"), py::arg("transform") = "copy", py::arg("add_one") = false)
@@ -102,7 +103,8 @@ void bind_types(py::module_& m) {
       .def_property_readonly("prompt_logprobs", [](const TokenDelta& d) { return positions(d.prompt_logprobs); })
       .def_property_readonly("finish", [](const TokenDelta& d) { return finish_name(d.finish); })
       .def_property_readonly(
-          "stop_token", [](const TokenDelta& d) { return d.stop_token < 0 ? py::object(py::none()) : py::int_(d.stop_token); })
+          "stop_token",
+          [](const TokenDelta& d) { return d.stop_token < 0 ? py::object(py::none()) : py::int_(d.stop_token); })
       .def_readonly("cached_tokens", &TokenDelta::cached_tokens)
       .def_readonly("error", &TokenDelta::error)
       .def_property_readonly("times", [](const TokenDelta& d) {

@@ -122,8 +122,8 @@ fl_status fl_engine_open(const char* bundle_dir, const fl_engine_config* config,
 
 void fl_engine_destroy(fl_engine* engine) { delete engine; }
 
-fl_status fl_submit(fl_engine* engine, uint64_t id, const int32_t* prompt, size_t num_prompt, const fl_sampling* sampling,
-                    char* error, size_t error_size) {
+fl_status fl_submit(fl_engine* engine, uint64_t id, const int32_t* prompt, size_t num_prompt,
+                    const fl_sampling* sampling, char* error, size_t error_size) {
   return guarded(error, error_size, [&] {
     if (engine == nullptr || (prompt == nullptr && num_prompt > 0)) {
       throw fastllm::InvalidArgument("engine and prompt must not be NULL");
@@ -177,8 +177,9 @@ int fl_event_fd(const fl_engine* engine) { return engine->engine->event_fd(); }
 
 void fl_stats_get(const fl_engine* engine, fl_stats* out) {
   const auto s = engine->engine->stats();
-  *out = fl_stats{s.num_running,  s.num_waiting,   s.num_swapped,      s.total_blocks,    s.used_blocks,      s.cached_blocks,
-                  s.num_steps,    s.prompt_tokens, s.generated_tokens, s.num_preemptions, s.healthy ? 1 : 0};
+  *out =
+      fl_stats{s.num_running, s.num_waiting,   s.num_swapped,      s.total_blocks,    s.used_blocks,    s.cached_blocks,
+               s.num_steps,   s.prompt_tokens, s.generated_tokens, s.num_preemptions, s.healthy ? 1 : 0};
 }
 
 int fl_drain(fl_engine* engine, int32_t timeout_ms) {

@@ -1,5 +1,5 @@
-// The null model as an Executor: see NullModel in fastllm/engine.h. Each KV slot stores the token written to it, and the
-// next token is a hash of what the sequence reads through its block table.
+// The null model as an Executor: see NullModel in fastllm/engine.h. Each KV slot stores the token written to it, and
+// the next token is a hash of what the sequence reads through its block table.
 #pragma once
 
 #include <memory>

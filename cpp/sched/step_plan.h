@@ -34,7 +34,8 @@ struct Row {
 };
 
 struct BlockCopy {
-  BlockId from = kNoBlock, to = kNoBlock;  // swap_out: device -> host; swap_in: host -> device; copies: device -> device
+  BlockId from = kNoBlock,
+          to = kNoBlock;  // swap_out: device -> host; swap_in: host -> device; copies: device -> device
 };
 
 // A sequence becomes resident; whatever the slot held before is void.
@@ -57,17 +58,17 @@ struct TableSet {
 // Rows with a LogitsProcessor are planned only when all their tokens are known to the host, which lends them here; the
 // span stays valid until the plan's result was applied.
 struct HostTokens {
-  std::int32_t row = 0;              // index in StepPlan::rows
-  std::span<const TokenId> tokens;   // prompt + output
+  std::int32_t row = 0;             // index in StepPlan::rows
+  std::span<const TokenId> tokens;  // prompt + output
 };
 
 struct StepPlan {
   std::uint64_t id = 0;
-  std::vector<Row> rows;              // decode rows (one token, kSample) first, then chunks in admission order
+  std::vector<Row> rows;  // decode rows (one token, kSample) first, then chunks in admission order
   std::int32_t num_decode_rows = 0;
-  std::vector<TokenId> tokens;        // inputs of all rows, concatenated
-  std::vector<TokenId> next_tokens;   // parallel to tokens if any row has kPromptLogprobs, else empty: the token that
-                                      // follows each position in the prompt, -1 where none does
+  std::vector<TokenId> tokens;       // inputs of all rows, concatenated
+  std::vector<TokenId> next_tokens;  // parallel to tokens if any row has kPromptLogprobs, else empty: the token that
+                                     // follows each position in the prompt, -1 where none does
   std::vector<BlockCopy> swap_out, swap_in, copies;
   std::vector<SlotInit> new_slots;
   std::vector<TableSet> table_sets;
@@ -94,9 +95,9 @@ struct StepPlan {
 // One result per kSample row, in row order.
 struct StepResult {
   std::uint64_t plan_id = 0;
-  std::vector<TokenId> tokens;                     // [kSample rows]; -1 where row_errors has an entry
-  std::vector<PositionLogprobs> logprobs;          // [kSample rows] if max_logprobs >= 0, else empty
-  std::vector<PositionLogprobs> prompt_logprobs;   // of all kPromptLogprobs rows in order, one per known next token
+  std::vector<TokenId> tokens;                    // [kSample rows]; -1 where row_errors has an entry
+  std::vector<PositionLogprobs> logprobs;         // [kSample rows] if max_logprobs >= 0, else empty
+  std::vector<PositionLogprobs> prompt_logprobs;  // of all kPromptLogprobs rows in order, one per known next token
   std::vector<std::pair<std::int32_t, std::string>> row_errors;  // {index among kSample rows, sentence}
   std::string error;  // non-empty: the whole step failed and the executor cannot go on
 

@@ -16,10 +16,14 @@ constexpr std::size_t size_of(DType t) { return t == DType::F32 || t == DType::I
 
 constexpr const char* name_of(DType t) {
   switch (t) {
-    case DType::F32: return "float32";
-    case DType::BF16: return "bfloat16";
-    case DType::F16: return "float16";
-    case DType::I32: return "int32";
+    case DType::F32:
+      return "float32";
+    case DType::BF16:
+      return "bfloat16";
+    case DType::F16:
+      return "float16";
+    case DType::I32:
+      return "int32";
   }
   return "?";
 }

@@ -20,7 +20,8 @@ struct Tensor {
   std::array<std::int64_t, 4> stride{};  // elements
 
   Tensor() = default;
-  Tensor(void* p, DType t, std::initializer_list<std::int64_t> dims) : data(p), dtype(t), rank(static_cast<int>(dims.size())) {
+  Tensor(void* p, DType t, std::initializer_list<std::int64_t> dims)
+      : data(p), dtype(t), rank(static_cast<int>(dims.size())) {
     assert(dims.size() <= 4);
     std::size_t i = 0;
     for (auto d : dims) shape[i++] = d;

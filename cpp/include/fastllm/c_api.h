@@ -34,16 +34,16 @@ typedef struct fl_batch fl_batch; /* results of one fl_poll */
 
 /* Zero means: the engine's choice. Initialise with fl_engine_config_init. */
 typedef struct fl_engine_config {
-  const char* dtype;             /* "bfloat16" (default) or "float32" */
-  int32_t max_model_len;         /* tokens */
-  int32_t max_num_seqs;          /* sequences */
-  int32_t max_step_tokens;       /* tokens */
-  int32_t block_size;            /* tokens per KV block */
-  int64_t kv_cache_bytes;        /* bytes */
-  int64_t swap_bytes;            /* bytes */
-  int32_t tensor_parallel_size;  /* ranks */
-  int32_t cpu_threads;           /* over all ranks */
-  int32_t async_depth;           /* steps in flight */
+  const char* dtype;            /* "bfloat16" (default) or "float32" */
+  int32_t max_model_len;        /* tokens */
+  int32_t max_num_seqs;         /* sequences */
+  int32_t max_step_tokens;      /* tokens */
+  int32_t block_size;           /* tokens per KV block */
+  int64_t kv_cache_bytes;       /* bytes */
+  int64_t swap_bytes;           /* bytes */
+  int32_t tensor_parallel_size; /* ranks */
+  int32_t cpu_threads;          /* over all ranks */
+  int32_t async_depth;          /* steps in flight */
   int32_t disable_prefix_caching;
   uint64_t seed;
 } fl_engine_config;

@@ -13,7 +13,8 @@
 namespace fastllm {
 
 // A model without weights: the next token is a hash of everything the sequence can read through its block table, so
-// any mistake in scheduling, copying, caching, swapping or preempting changes the answer. For tests and load generators.
+// any mistake in scheduling, copying, caching, swapping or preempting changes the answer. For tests and load
+// generators.
 struct NullModel {
   int vocab = 32000;
   int max_len = 4096;

@@ -43,10 +43,10 @@ struct SamplingParams {
   int max_tokens = 16;  // >= 1; output tokens
   int min_tokens = 0;   // output tokens before an EOS or stop id may be sampled
   bool ignore_eos = false;
-  std::vector<TokenId> stop_ids;                       // end the sequence; kept in the output
-  std::vector<std::pair<TokenId, float>> logit_bias;   // added to the raw logit
-  int logprobs = -1;                                   // top alternatives per output token; 0: the sampled one only; -1: off
-  int prompt_logprobs = -1;                            // the same for prompt tokens
+  std::vector<TokenId> stop_ids;                      // end the sequence; kept in the output
+  std::vector<std::pair<TokenId, float>> logit_bias;  // added to the raw logit
+  int logprobs = -1;         // top alternatives per output token; 0: the sampled one only; -1: off
+  int prompt_logprobs = -1;  // the same for prompt tokens
 };
 
 struct RequestInput {
@@ -83,15 +83,15 @@ struct RequestTimes {
 // What became known of one sequence since the last poll().
 struct TokenDelta {
   std::uint64_t id = 0;
-  int index = 0;                // 0..n-1
-  std::vector<TokenId> tokens;  // new output tokens, in order
+  int index = 0;                                  // 0..n-1
+  std::vector<TokenId> tokens;                    // new output tokens, in order
   std::vector<PositionLogprobs> logprobs;         // one per token, if asked for
   std::vector<PositionLogprobs> prompt_logprobs;  // positions 1..num_prompt-1, with the first tokens of index 0
   FinishReason finish = FinishReason::None;
-  TokenId stop_token = -1;       // the id that ended the sequence, when finish is Stop
-  int cached_tokens = 0;         // prompt tokens served by the prefix cache, at first admission
-  std::string error;             // a sentence, when finish is Error
-  RequestTimes times;            // filled as known
+  TokenId stop_token = -1;  // the id that ended the sequence, when finish is Stop
+  int cached_tokens = 0;    // prompt tokens served by the prefix cache, at first admission
+  std::string error;        // a sentence, when finish is Error
+  RequestTimes times;       // filled as known
 };
 
 enum class SchedulingPolicy : std::uint8_t { Fcfs, Priority };
@@ -99,25 +99,25 @@ enum class PreemptionMode : std::uint8_t { Recompute, Swap };  // Swap falls bac
 
 struct EngineConfig {
   std::string device = "cpu";
-  std::string dtype = "bfloat16";    // weights and activations: "float32" or "bfloat16"
-  int max_model_len = 0;             // tokens of prompt + output; 0: the model's own limit
-  int max_num_seqs = 256;            // sequences resident at once (slots)
-  int max_step_tokens = 2048;        // token budget of one step
-  int max_chunk = 0;                 // tokens of one prompt per step; 0: no limit but the budget
-  int block_size = 16;               // tokens per KV block
-  std::int64_t kv_cache_bytes = 0;   // 0: sized from the model, the limits and the free memory
-  std::int64_t num_blocks = 0;       // overrides kv_cache_bytes; usable blocks, the reserved one not counted
-  std::int64_t swap_bytes = 0;       // host memory for swapped-out blocks
+  std::string dtype = "bfloat16";   // weights and activations: "float32" or "bfloat16"
+  int max_model_len = 0;            // tokens of prompt + output; 0: the model's own limit
+  int max_num_seqs = 256;           // sequences resident at once (slots)
+  int max_step_tokens = 2048;       // token budget of one step
+  int max_chunk = 0;                // tokens of one prompt per step; 0: no limit but the budget
+  int block_size = 16;              // tokens per KV block
+  std::int64_t kv_cache_bytes = 0;  // 0: sized from the model, the limits and the free memory
+  std::int64_t num_blocks = 0;      // overrides kv_cache_bytes; usable blocks, the reserved one not counted
+  std::int64_t swap_bytes = 0;      // host memory for swapped-out blocks
   PreemptionMode preemption = PreemptionMode::Recompute;
   SchedulingPolicy policy = SchedulingPolicy::Fcfs;
   bool prefix_caching = true;
-  int async_depth = 2;               // steps in flight; 1 is synchronous
+  int async_depth = 2;  // steps in flight; 1 is synchronous
   int tensor_parallel_size = 1;
-  int cpu_threads = 0;               // over all ranks; 0: the cores this process may use
-  int max_logprobs = 20;             // most alternatives a request may ask for
-  int max_waiting = 0;               // requests waiting; more are refused with Error; 0: no limit
-  std::uint64_t seed = 0;            // for requests without one
-  bool check_invariants = false;     // validate scheduler and KV state after every step (slow)
+  int cpu_threads = 0;            // over all ranks; 0: the cores this process may use
+  int max_logprobs = 20;          // most alternatives a request may ask for
+  int max_waiting = 0;            // requests waiting; more are refused with Error; 0: no limit
+  std::uint64_t seed = 0;         // for requests without one
+  bool check_invariants = false;  // validate scheduler and KV state after every step (slow)
 };
 
 struct EngineStats {
@@ -125,19 +125,19 @@ struct EngineStats {
   int num_waiting = 0;
   int num_swapped = 0;
   std::int64_t total_blocks = 0;
-  std::int64_t used_blocks = 0;      // referenced by a sequence
-  std::int64_t cached_blocks = 0;    // unreferenced but matchable
+  std::int64_t used_blocks = 0;    // referenced by a sequence
+  std::int64_t cached_blocks = 0;  // unreferenced but matchable
   std::int64_t num_steps = 0;
-  std::int64_t prompt_tokens = 0;      // computed, cache hits not counted
+  std::int64_t prompt_tokens = 0;  // computed, cache hits not counted
   std::int64_t generated_tokens = 0;
-  std::int64_t prefix_queries = 0;     // tokens looked up
-  std::int64_t prefix_hits = 0;        // tokens found
+  std::int64_t prefix_queries = 0;  // tokens looked up
+  std::int64_t prefix_hits = 0;     // tokens found
   std::int64_t num_preemptions = 0;
-  std::int64_t num_finished = 0;       // requests
-  std::int64_t num_aborted = 0;        // requests
-  std::int64_t block_leaks = 0;        // blocks still referenced when the engine was idle: must stay 0
-  double last_step_age_s = 0;          // since the engine thread last finished a turn
-  bool healthy = true;                 // false after a fault of the executor
+  std::int64_t num_finished = 0;  // requests
+  std::int64_t num_aborted = 0;   // requests
+  std::int64_t block_leaks = 0;   // blocks still referenced when the engine was idle: must stay 0
+  double last_step_age_s = 0;     // since the engine thread last finished a turn
+  bool healthy = true;            // false after a fault of the executor
 };
 
 }  // namespace fastllm

@@ -8,9 +8,9 @@
 //   layers.{i}.attn.qkv.{weight,bias} [(heads + 2 kv_heads) head_dim, hidden]     rows: all q heads, all k, all v
 //   layers.{i}.attn.{q,k}_norm.{weight,bias} [head_dim]
 //   layers.{i}.attn.out.{weight,bias} [hidden, heads head_dim]
-//   layers.{i}.ffn.gate_up.{weight,bias} [2 inner, hidden] when gated, else layers.{i}.ffn.up.{weight,bias} [inner, hidden]
-//   layers.{i}.ffn.down.{weight,bias} [hidden, inner]
-//   final_norm.{weight,bias} [hidden]            head.weight [vocab, hidden] unless tied, head.bias [vocab]
+//   layers.{i}.ffn.gate_up.{weight,bias} [2 inner, hidden] when gated, else layers.{i}.ffn.up.{weight,bias} [inner,
+//   hidden] layers.{i}.ffn.down.{weight,bias} [hidden, inner] final_norm.{weight,bias} [hidden]            head.weight
+//   [vocab, hidden] unless tied, head.bias [vocab]
 #pragma once
 
 #include <cstdint>
@@ -27,13 +27,13 @@ namespace fastllm {
 enum class SourceType : std::uint8_t { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
 
 struct SourceTensor {
-  std::string name;                    // as in the checkpoint, for messages
+  std::string name;  // as in the checkpoint, for messages
   SourceType type = SourceType::F32;
-  std::vector<std::int64_t> shape;     // row-major, the last dimension contiguous
+  std::vector<std::int64_t> shape;  // row-major, the last dimension contiguous
   const void* data = nullptr;
-  std::int64_t bytes = 0;              // readable from data
-  std::shared_ptr<const void> owner;   // keeps data alive
-  int interleaved_head_dim = 0;        // > 0: rows of each head are stored as rotary pairs (GGUF llama) and are put back
+  std::int64_t bytes = 0;             // readable from data
+  std::shared_ptr<const void> owner;  // keeps data alive
+  int interleaved_head_dim = 0;       // > 0: rows of each head are stored as rotary pairs (GGUF llama) and are put back
 };
 
 enum class WeightTransform : std::uint8_t {
