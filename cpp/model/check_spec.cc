@@ -72,7 +72,8 @@ void check_rope(const std::string& field, const RopeSpec& r, int head_dim) {
       if (s.original_max_len < 2) fail(name + ".original_max_len", "must be at least 2 for longrope scaling");
       break;
     case RopeScalingKind::None:
-    case RopeScalingKind::Linear: break;
+    case RopeScalingKind::Linear:
+      break;
   }
 }
 
@@ -88,8 +89,8 @@ void check_layer(const std::string& field, const LayerSpec& l) {
   in_range(field + ".attn.kv_heads", a.kv_heads, 1, a.heads);
   in_range(field + ".attn.head_dim", a.head_dim, 1, 1 << 12);
   if (a.heads % a.kv_heads != 0)
-    fail(field + ".attn.heads", "is " + std::to_string(a.heads) + ", not a multiple of kv_heads " +
-                                    std::to_string(a.kv_heads));
+    fail(field + ".attn.heads",
+         "is " + std::to_string(a.heads) + ", not a multiple of kv_heads " + std::to_string(a.kv_heads));
   check_norm(field + ".attn.q_norm", a.q_norm);
   check_norm(field + ".attn.k_norm", a.k_norm);
   if (a.q_norm.bias || a.k_norm.bias) fail(field + ".attn", "has a bias in its q or k norm, which is not computed");
@@ -109,11 +110,10 @@ void check_spec(const ModelSpec& s) {
   in_range("embed.learned_positions", s.embed.learned_positions, 0, 1 << 24);
   in_range("embed.position_offset", s.embed.position_offset, 0, 1 << 24);
   in_range("max_len", s.max_len, 1, 1 << 27);
-  if (s.embed.learned_positions > 0 &&
-      std::int64_t{s.max_len} + s.embed.position_offset > s.embed.learned_positions)
-    fail("max_len", "is " + std::to_string(s.max_len) + ", more than the learned positions allow: " +
-                        std::to_string(s.embed.learned_positions) + " rows, the first " +
-                        std::to_string(s.embed.position_offset) + " unused");
+  if (s.embed.learned_positions > 0 && std::int64_t{s.max_len} + s.embed.position_offset > s.embed.learned_positions)
+    fail("max_len", "is " + std::to_string(s.max_len) +
+                        ", more than the learned positions allow: " + std::to_string(s.embed.learned_positions) +
+                        " rows, the first " + std::to_string(s.embed.position_offset) + " unused");
 
   in_range("the number of kinds", static_cast<std::int64_t>(s.kinds.size()), 1, 4096);
   in_range("the number of layers", static_cast<std::int64_t>(s.layer_kind.size()), 1, 4096);

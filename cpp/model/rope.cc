@@ -68,10 +68,17 @@ std::vector<float> rope_inv_freq(const RopeSpec& r, int seq_len) {
     f = 1.0f / frequency;
     switch (s.kind) {
       case RopeScalingKind::None:
-      case RopeScalingKind::Dynamic: break;
-      case RopeScalingKind::Linear: f /= static_cast<float>(s.factor); break;
-      case RopeScalingKind::Llama3: f = llama3(f, s); break;
-      case RopeScalingKind::Yarn: f = yarn(frequency, i, range, s.factor); break;
+      case RopeScalingKind::Dynamic:
+        break;
+      case RopeScalingKind::Linear:
+        f /= static_cast<float>(s.factor);
+        break;
+      case RopeScalingKind::Llama3:
+        f = llama3(f, s);
+        break;
+      case RopeScalingKind::Yarn:
+        f = yarn(frequency, i, range, s.factor);
+        break;
       case RopeScalingKind::LongRope:
         f = 1.0f / (static_cast<float>(factors[static_cast<std::size_t>(i)]) * frequency);
         break;

@@ -1,5 +1,5 @@
-// ModelSpec as JSON: keys are the field names, enums lower-case strings, absent fields keep their defaults. The fields of
-// each struct are listed once and visited by a reader or a writer.
+// ModelSpec as JSON: keys are the field names, enums lower-case strings, absent fields keep their defaults. The fields
+// of each struct are listed once and visited by a reader or a writer.
 #include <nlohmann/json.hpp>
 
 #include <array>
@@ -22,12 +22,11 @@ using Json = nlohmann::ordered_json;
 constexpr std::size_t kMaxText = std::size_t{16} << 20;  // bytes of JSON
 constexpr std::size_t kMaxList = 1u << 16;               // entries of any list
 
-
 template <class E>
 struct EnumNames;
-#define FASTLLM_ENUM_NAMES(E, ...)                                \
-  template <>                                                     \
-  struct EnumNames<E> {                                           \
+#define FASTLLM_ENUM_NAMES(E, ...)                                  \
+  template <>                                                       \
+  struct EnumNames<E> {                                             \
     static constexpr std::pair<E, const char*> all[] = __VA_ARGS__; \
   }
 FASTLLM_ENUM_NAMES(NormKind, {{NormKind::None, "none"}, {NormKind::Rms, "rms"}, {NormKind::Layer, "layer"}});

@@ -1,0 +1,90 @@
+// The one forward pass: executes any ModelSpec on any Backend, on one rank of a tensor-parallel group. Owned by a
+// worker and used on its thread only. All activation memory is taken at construction.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/kv_cache.h"
+#include "dist/communicator.h"
+#include "fastllm/model_spec.h"
+#include "model/decoder_weights.h"
+
+namespace fastllm {
+
+struct DecoderConfig {
+  DType dtype = DType::BF16;  // activations and KV
+  int max_len = 0;            // positions
+  int max_step_tokens = 0;
+  int max_logit_rows = 0;  // rows of one logits() call
+  int block_size = 16;     // positions per KV block
+};
+
+class Decoder {
+ public:
+  // `backend` and `comm` outlive the decoder; the rank is comm's.
+  Decoder(const ModelSpec& spec, const DecoderConfig& config, Backend& backend, Communicator& comm,
+          DecoderWeights weights);
+
+  const ModelSpec& spec() const { return spec_; }
+  const KvShape& kv_shape() const { return kv_shape_; }  // of this rank
+
+  // Runs the layers over the tokens of all rows, writing their keys and values to `kv_pool` (kv_shape() per block).
+  void forward(std::span<const TokenId> ids, std::span<const std::int32_t> positions, std::span<const AttnRow> rows,
+               void* kv_pool);
+
+  // Logits after the given tokens of the last forward(): [tokens, vocab] F32, valid until the next call. At most
+  // max_logit_rows. Every rank gets all of them.
+  Tensor logits(std::span<const std::int32_t> tokens);
+
+ private:
+  // What is the same in all layers of a kind.
+  struct Kind {
+    AttnArgs attn;
+    RopeArgs rope;
+    DeviceVector rope_table;
+    std::vector<float> alibi;  // slopes of this rank's heads
+    int inner = 0;             // of this rank
+  };
+  // Memory for the activations of a step; a view has the rows and columns in use.
+  struct Scratch {
+    std::unique_ptr<Buffer> buffer;
+    DType dtype = DType::F32;
+    Tensor view(std::int64_t rows, std::int64_t cols) const { return {buffer->data(), dtype, {rows, cols}}; }
+  };
+
+  Scratch scratch(std::int64_t rows, std::int64_t cols, DType dtype) const;
+  Kind make_kind(const LayerSpec& layer) const;
+  void allocate_scratch();
+
+  void run_layer(int layer, std::span<const AttnRow> rows, const AttnPlan& plan, void* kv_pool);
+  Tensor attention(int layer, const Tensor& in, std::span<const AttnRow> rows, const AttnPlan& plan, void* kv_pool);
+  Tensor feed_forward(int layer, const Tensor& in);
+  // Adds what is pending to the residual and normalises it.
+  Tensor norm_residual(const Scratch& out, const NormSpec& spec, const NormWeights& w);
+  // Adds in w^T to the branch under way; end_branch() makes its sum over ranks, normed, the pending one.
+  void project(const Tensor& in, const LinearWeights& w, const NormSpec& post);
+  void end_branch(const NormSpec& post, const NormWeights& w);
+
+  ModelSpec spec_;
+  DecoderConfig config_;
+  Backend& backend_;
+  Communicator& comm_;
+  DecoderWeights weights_;
+  KvShape kv_shape_;
+  std::vector<Kind> kinds_;
+
+  Scratch residual_, delta_, post_;   // [T, hidden] F32: the stream, a branch, its post-norm
+  Scratch hidden_, hidden_ffn_;       // [T, hidden]: inputs of the branches
+  Scratch qkv_, attn_, up_, gated_;   // [T, ...] of this rank
+  Scratch last_, last_hidden_;        // [R, hidden]: residual of the rows whose logits are wanted, and its norm
+  Scratch part_logits_, logits_;      // [R, vocab / ranks], [R, vocab] F32
+  std::int64_t num_tokens_ = 0;       // T of the last forward()
+  bool branch_begun_ = false;         // delta_ holds the first of two parallel branches
+  const Scratch* pending_ = nullptr;  // delta_ or post_, if still to be added to the residual
+};
+
+}  // namespace fastllm

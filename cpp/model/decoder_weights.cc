@@ -1,0 +1,93 @@
+#include "model/decoder_weights.h"
+
+namespace fastllm {
+namespace {
+
+class Packer {
+ public:
+  Packer(const WeightLoader& loader, Backend& backend, DType compute, const LoadProgress& progress)
+      : loader_(loader), backend_(backend), compute_(compute), progress_(progress) {}
+
+  std::unique_ptr<PackedWeight> matrix(const std::string& name) {
+    auto packed = backend_.pack(loader_.matrix(name), compute_);
+    report(name);
+    return packed;
+  }
+  DeviceVector vector(const std::string& name) {
+    DeviceVector v(backend_, loader_.vector(name));
+    report(name);
+    return v;
+  }
+  NormWeights norm(const std::string& name, const NormSpec& spec) {
+    NormWeights w;
+    if (spec.kind != NormKind::None) w.weight = vector(name + ".weight");
+    if (spec.kind != NormKind::None && spec.bias) w.bias = vector(name + ".bias");
+    return w;
+  }
+  LinearWeights linear(const std::string& name, bool bias) {
+    LinearWeights w;
+    w.weight = matrix(name + ".weight");
+    if (bias) w.bias = vector(name + ".bias");
+    return w;
+  }
+  // Cut by columns: the ranks' outputs are summed, so only one of them adds the bias.
+  LinearWeights summed_linear(const std::string& name, bool bias) { return linear(name, bias && loader_.rank() == 0); }
+
+  DeviceVector positions(const std::string& name) {
+    const HostMatrix m = loader_.matrix(name);
+    std::vector<float> values(static_cast<std::size_t>(m.rows * m.cols));
+    m.read(0, m.rows, values.data());
+    report(name);
+    return {backend_, values};
+  }
+
+ private:
+  void report(const std::string& name) {
+    done_ += loader_.source_bytes(name);
+    if (progress_) progress_(done_, loader_.total_bytes());
+  }
+
+  const WeightLoader& loader_;
+  Backend& backend_;
+  DType compute_;
+  const LoadProgress& progress_;
+  std::int64_t done_ = 0;  // bytes
+};
+
+}  // namespace
+
+DeviceVector::DeviceVector(Backend& backend, std::span<const float> values)
+    : buffer_(backend.allocate(values.size_bytes(), MemoryKind::Device)) {
+  backend.copy(buffer_->data(), values.data(), values.size_bytes());
+  backend.synchronize();
+}
+
+DecoderWeights load_decoder_weights(const WeightLoader& loader, Backend& backend, DType compute,
+                                    const LoadProgress& progress) {
+  const ModelSpec& spec = loader.spec();
+  Packer pack(loader, backend, compute, progress);
+  DecoderWeights w;
+  w.tokens = pack.matrix("embed.tokens.weight");
+  if (spec.embed.learned_positions > 0) w.positions = pack.positions("embed.positions.weight");
+  for (int i = 0; i < spec.num_layers(); ++i) {
+    const LayerSpec& l = spec.layer(i);
+    const std::string at = layer_prefix(i);
+    LayerWeights& out = w.layers.emplace_back();
+    out.pre_attn = pack.norm(at + "pre_attn_norm", l.pre_attn);
+    out.qkv = pack.linear(at + "attn.qkv", l.attn.qkv_bias);
+    out.q_norm = pack.norm(at + "attn.q_norm", l.attn.q_norm);
+    out.k_norm = pack.norm(at + "attn.k_norm", l.attn.k_norm);
+    out.out = pack.summed_linear(at + "attn.out", l.attn.out_bias);
+    out.post_attn = pack.norm(at + "post_attn_norm", l.post_attn);
+    out.pre_ffn = pack.norm(at + "pre_ffn_norm", l.pre_ffn);
+    out.up = pack.linear(at + (l.ffn.gated ? "ffn.gate_up" : "ffn.up"), l.ffn.bias);
+    out.down = pack.summed_linear(at + "ffn.down", l.ffn.bias);
+    out.post_ffn = pack.norm(at + "post_ffn_norm", l.post_ffn);
+  }
+  w.final_norm = pack.norm("final_norm", spec.head.final_norm);
+  if (!spec.head.tied) w.head.weight = pack.matrix("head.weight");
+  if (spec.head.bias) w.head.bias = pack.vector("head.bias");
+  return w;
+}
+
+}  // namespace fastllm

@@ -1,0 +1,194 @@
+#include "model/dequant.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+
+#include "tensor/dtype.h"
+
+namespace fastllm {
+namespace {
+
+std::uint16_t load16(const std::byte* p) {
+  std::uint16_t x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+std::uint32_t load32(const std::byte* p) {
+  std::uint32_t x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+float load_half(const std::byte* p) { return half_to_float(load16(p)); }
+
+int u8(const std::byte* p, int i) { return std::to_integer<int>(p[i]); }
+int i8(const std::byte* p, int i) { return static_cast<std::int8_t>(p[i]); }
+
+// Blocks of 32. A byte of `q` holds element i in its low and element i + 16 in its high half.
+
+// x = d (q - 8)           f16 d, 16 bytes q
+void q4_0(const std::byte* b, float* out) {
+  const float d = load_half(b);
+  for (int i = 0; i < 16; ++i) {
+    out[i] = d * static_cast<float>((u8(b + 2, i) & 15) - 8);
+    out[i + 16] = d * static_cast<float>((u8(b + 2, i) >> 4) - 8);
+  }
+}
+
+// x = d q + m             f16 d, f16 m, 16 bytes q
+void q4_1(const std::byte* b, float* out) {
+  const float d = load_half(b), m = load_half(b + 2);
+  for (int i = 0; i < 16; ++i) {
+    out[i] = d * static_cast<float>(u8(b + 4, i) & 15) + m;
+    out[i + 16] = d * static_cast<float>(u8(b + 4, i) >> 4) + m;
+  }
+}
+
+// x = d (q - 16)          f16 d, 32 fifth bits, 16 bytes of low bits
+void q5_0(const std::byte* b, float* out) {
+  const float d = load_half(b);
+  const std::uint32_t fifth = load32(b + 2);
+  for (int i = 0; i < 16; ++i) {
+    const int low = (u8(b + 6, i) & 15) | static_cast<int>((fifth >> i) & 1) << 4;
+    const int high = (u8(b + 6, i) >> 4) | static_cast<int>((fifth >> (i + 16)) & 1) << 4;
+    out[i] = d * static_cast<float>(low - 16);
+    out[i + 16] = d * static_cast<float>(high - 16);
+  }
+}
+
+// x = d q + m             f16 d, f16 m, 32 fifth bits, 16 bytes of low bits
+void q5_1(const std::byte* b, float* out) {
+  const float d = load_half(b), m = load_half(b + 2);
+  const std::uint32_t fifth = load32(b + 4);
+  for (int i = 0; i < 16; ++i) {
+    const int low = (u8(b + 8, i) & 15) | static_cast<int>((fifth >> i) & 1) << 4;
+    const int high = (u8(b + 8, i) >> 4) | static_cast<int>((fifth >> (i + 16)) & 1) << 4;
+    out[i] = d * static_cast<float>(low) + m;
+    out[i + 16] = d * static_cast<float>(high) + m;
+  }
+}
+
+// x = d q                 f16 d, 32 signed bytes
+void q8_0(const std::byte* b, float* out) {
+  const float d = load_half(b);
+  for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(i8(b + 2, i));
+}
+
+// Blocks of 256 in 8 groups of 32, each with a 6-bit scale and a 6-bit minimum packed into 12 bytes `s`:
+//   groups 0..3: the low 6 bits of s[g] and s[g + 4]
+//   groups 4..7: 4 bits each in s[g + 4], the top 2 bits those of s[g - 4] and s[g]
+struct GroupScale {
+  float scale, minimum;
+};
+
+GroupScale group_scale(const std::byte* s, int g) {
+  if (g < 4) return {static_cast<float>(u8(s, g) & 63), static_cast<float>(u8(s, g + 4) & 63)};
+  return {static_cast<float>((u8(s, g + 4) & 15) | (u8(s, g - 4) >> 6) << 4),
+          static_cast<float>((u8(s, g + 4) >> 4) | (u8(s, g) >> 6) << 4)};
+}
+
+// x = d scale q - m min   f16 d, f16 m, 12 bytes of scales, 128 bytes q: group 2j low halves, 2j + 1 high halves
+void q4_k(const std::byte* b, float* out) {
+  const float d = load_half(b), m = load_half(b + 2);
+  const std::byte* q = b + 16;
+  for (int g = 0; g < 8; ++g) {
+    const auto [scale, minimum] = group_scale(b + 4, g);
+    const float ds = d * scale, ms = m * minimum;
+    const int shift = g % 2 * 4;
+    for (int i = 0; i < 32; ++i) out[g * 32 + i] = ds * static_cast<float>((u8(q, g / 2 * 32 + i) >> shift) & 15) - ms;
+  }
+}
+
+// As q4_k with fifth bits: 32 bytes between scales and q, bit g of byte i for element i of group g.
+void q5_k(const std::byte* b, float* out) {
+  const float d = load_half(b), m = load_half(b + 2);
+  const std::byte *fifth = b + 16, *q = b + 48;
+  for (int g = 0; g < 8; ++g) {
+    const auto [scale, minimum] = group_scale(b + 4, g);
+    const float ds = d * scale, ms = m * minimum;
+    const int shift = g % 2 * 4;
+    for (int i = 0; i < 32; ++i) {
+      const int low = (u8(q, g / 2 * 32 + i) >> shift) & 15;
+      out[g * 32 + i] = ds * static_cast<float>(low | ((u8(fifth, i) >> g) & 1) << 4) - ms;
+    }
+  }
+}
+
+// x = d scale (q - 32)    128 bytes of low halves, 64 bytes of upper bit pairs, 16 signed scales (of 16 elements), f16
+// d. Each half block of 128 elements is four runs of 32: run r takes low half r / 2 of byte 32 (r % 2) + i and pair r
+// of upper byte i.
+void q6_k(const std::byte* b, float* out) {
+  const float d = load_half(b + 208);
+  for (int half = 0; half < 2; ++half) {
+    const std::byte *low = b + 64 * half, *upper = b + 128 + 32 * half, *scales = b + 192 + 8 * half;
+    for (int r = 0; r < 4; ++r) {
+      for (int i = 0; i < 32; ++i) {
+        const int q = ((u8(low, r % 2 * 32 + i) >> (r / 2 * 4)) & 15) | ((u8(upper, i) >> (2 * r)) & 3) << 4;
+        out[128 * half + 32 * r + i] = d * static_cast<float>(i8(scales, 2 * r + i / 16)) * static_cast<float>(q - 32);
+      }
+    }
+  }
+}
+
+using BlockFn = void (*)(const std::byte* block, float* out);
+
+struct Format : SourceFormat {
+  BlockFn dequantize;  // null for plain types
+};
+
+constexpr std::array kFormats{
+    Format{{"F32", 1, 4}, nullptr},   Format{{"F16", 1, 2}, nullptr},   Format{{"BF16", 1, 2}, nullptr},
+    Format{{"Q4_0", 32, 18}, q4_0},   Format{{"Q4_1", 32, 20}, q4_1},   Format{{"Q5_0", 32, 22}, q5_0},
+    Format{{"Q5_1", 32, 24}, q5_1},   Format{{"Q8_0", 32, 34}, q8_0},   Format{{"Q4_K", 256, 144}, q4_k},
+    Format{{"Q5_K", 256, 176}, q5_k}, Format{{"Q6_K", 256, 210}, q6_k},
+};
+static_assert(kFormats.size() == static_cast<std::size_t>(SourceType::Q6_K) + 1);
+
+const Format& lookup(SourceType type) { return kFormats.at(static_cast<std::size_t>(type)); }
+
+void plain(SourceType type, const std::byte* p, std::int64_t n, float* out) {
+  if (type == SourceType::F32) {
+    std::memcpy(out, p, static_cast<std::size_t>(n) * sizeof(float));
+  } else if (type == SourceType::BF16) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = to_float(bf16{load16(p + 2 * i)});
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = half_to_float(load16(p + 2 * i));
+  }
+}
+
+}  // namespace
+
+float half_to_float(std::uint16_t bits) {
+  // Shifted into place, the exponent is 112 too small: a multiplication puts it right, denormals included. Infinities
+  // and NaNs (exponent all ones) need the rest of the exponent's bits.
+  const std::uint32_t magnitude = static_cast<std::uint32_t>(bits & 0x7fffu) << 13;
+  const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
+  const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
+  const std::uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(scaled) | special | sign);
+}
+
+const SourceFormat& format_of(SourceType type) { return lookup(type); }
+
+void dequantize(SourceType type, const std::byte* row, std::int64_t begin, std::int64_t n, float* out) {
+  const Format& f = lookup(type);
+  if (f.dequantize == nullptr) return plain(type, row + begin * f.block_bytes, n, out);
+  std::array<float, 256> scratch;
+  while (n > 0) {
+    const std::int64_t block = begin / f.block_elements, skip = begin % f.block_elements;
+    const std::int64_t take = std::min(n, f.block_elements - skip);
+    const std::byte* b = row + block * f.block_bytes;
+    if (take == f.block_elements) {
+      f.dequantize(b, out);
+    } else {
+      f.dequantize(b, scratch.data());
+      std::copy_n(scratch.data() + skip, take, out);
+    }
+    begin += take, n -= take, out += take;
+  }
+}
+
+}  // namespace fastllm
