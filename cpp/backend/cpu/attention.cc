@@ -1,0 +1,190 @@
+// What the step's attention consists of, and who computes which part.
+#include <algorithm>
+#include <atomic>
+#include <cassert>
+#include <vector>
+
+#include "backend/cpu/cpu_backend.h"
+
+namespace fastllm::cpu {
+namespace {
+
+// A row of a few query tokens and a long past is cut along its KV tiles, so that threads share it. Partials merge in
+// tile order: the cut changes nothing in the result.
+constexpr std::int64_t kSplitTokens = 4;  // at most, to be cut
+constexpr std::int64_t kSplitTiles = 4;   // KV tiles of a piece
+
+struct Item {
+  std::int32_t row = 0;
+  std::int32_t token = 0, tokens = 0;         // of the row's tokens
+  std::int64_t tile_begin = 0, tile_end = 0;  // KV tiles
+  std::int32_t split = -1;                    // index into splits, or none
+};
+
+struct Split {
+  std::int32_t row = 0;
+  std::int64_t tiles = 0, pieces = 0;
+  std::int64_t first_tile = 0;  // tiles of the splits before this one
+};
+
+class CpuAttnPlan final : public AttnPlan {
+ public:
+  explicit CpuAttnPlan(std::span<const AttnRow> all) : rows(all.begin(), all.end()) {
+    for (std::size_t r = 0; r < rows.size(); ++r) add_row(static_cast<std::int32_t>(r));
+    // The longest first: what is left for the end is short.
+    std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
+      return (a.tile_end - a.tile_begin) * (a.tokens + 4) > (b.tile_end - b.tile_begin) * (b.tokens + 4);
+    });
+  }
+
+  std::vector<AttnRow> rows;
+  std::vector<Item> items;
+  std::vector<Split> splits;
+  std::int64_t split_tiles = 0;  // over all splits
+  std::int32_t max_tokens = 0;   // of an item
+
+ private:
+  void add_row(std::int32_t r) {
+    const AttnRow& row = rows[static_cast<std::size_t>(r)];
+    const auto tiles_until = [](std::int64_t pos) { return (pos + kKvTile - 1) / kKvTile; };
+    const std::int64_t all_tiles = tiles_until(row.first_pos + row.num_tokens);
+    max_tokens = std::max(max_tokens, std::min(row.num_tokens, static_cast<std::int32_t>(kQueryBlock)));
+    if (row.num_tokens <= kSplitTokens && all_tiles > kSplitTiles) {
+      const std::int64_t pieces = (all_tiles + kSplitTiles - 1) / kSplitTiles;
+      for (std::int64_t p = 0; p < pieces; ++p) {
+        items.push_back({r, 0, row.num_tokens, p * kSplitTiles, std::min(all_tiles, (p + 1) * kSplitTiles),
+                         static_cast<std::int32_t>(splits.size())});
+      }
+      splits.push_back({r, all_tiles, pieces, split_tiles});
+      split_tiles += all_tiles;
+      return;
+    }
+    for (std::int32_t t = 0; t < row.num_tokens; t += static_cast<std::int32_t>(kQueryBlock)) {
+      const std::int32_t n = std::min(row.num_tokens - t, static_cast<std::int32_t>(kQueryBlock));
+      items.push_back({r, t, n, 0, tiles_until(row.first_pos + t + n), -1});
+    }
+  }
+};
+
+const void* element(const void* base, std::int64_t i, DType t) {
+  return static_cast<const std::byte*>(base) + i * static_cast<std::int64_t>(size_of(t));
+}
+
+}  // namespace
+
+std::unique_ptr<AttnPlan> CpuBackend::plan_attention(std::span<const AttnRow> rows, int) {
+  return std::make_unique<CpuAttnPlan>(rows);
+}
+
+void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvView& kv, const AttnPlan& plan_base,
+                           const AttnArgs& args) {
+  const auto& plan = static_cast<const CpuAttnPlan&>(plan_base);
+  assert(q.dtype == out.dtype && args.heads % args.kv_heads == 0 && kv.head_dim == args.head_dim);
+  const int group = args.heads / args.kv_heads, kv_heads = args.kv_heads;
+  const std::int64_t dim = args.head_dim;
+
+  const auto task_of = [&](const Item& item, int head) {
+    const AttnRow& row = plan.rows[static_cast<std::size_t>(item.row)];
+    AttnTask t{};
+    const std::int64_t token = row.token_begin + item.token;
+    t.q = element(q.data, token * q.stride[0] + head * group * dim, q.dtype);
+    t.out = const_cast<void*>(element(out.data, token * out.stride[0] + head * group * dim, out.dtype));
+    t.q_stride = q.stride[0];
+    t.out_stride = out.stride[0];
+    t.bf16 = is_bf16(q.dtype);
+    t.tokens = item.tokens;
+    t.first_pos = row.first_pos + item.token;
+    t.group = group;
+    t.head_dim = args.head_dim;
+    t.kv = element(kv.base, head * kv.head_stride, kv.dtype);
+    t.kv_bf16 = is_bf16(kv.dtype);
+    t.table = reinterpret_cast<const std::int32_t*>(row.table);
+    t.block_size = kv.block_size;
+    t.block_stride = kv.block_stride;
+    t.kv_stride = kv.kv_stride;
+    t.scale = args.scale;
+    t.softcap = args.softcap;
+    t.window = args.window;
+    t.slopes = args.alibi_slopes.empty() ? nullptr : args.alibi_slopes.data() + head * group;
+    const std::int64_t oldest = args.window > 0 ? std::max(0, t.first_pos - args.window + 1) : 0;
+    t.tile_begin = std::max(item.tile_begin, oldest / kKvTile);
+    t.tile_end = item.tile_end;
+    return t;
+  };
+
+  const std::int64_t scratch_floats = round_up(kernels_.attn_scratch(plan.max_tokens * group, dim), 32);
+  auto* scratch = reinterpret_cast<float*>(thread_scratch(static_cast<std::size_t>(scratch_floats) * 4));
+  const std::int64_t partial = partial_floats(kSplitTokens * group, dim);
+  const std::size_t num_splits = plan.splits.size() * static_cast<std::size_t>(kv_heads);
+  float* partials = nullptr;
+  std::vector<std::atomic<std::int64_t>> left(num_splits);  // pieces not yet done
+  if (num_splits > 0) {
+    partials = static_cast<float*>(shared_.get(static_cast<std::size_t>(plan.split_tiles * kv_heads * partial) * 4));
+    for (std::size_t i = 0; i < num_splits; ++i) left[i] = plan.splits[i / static_cast<std::size_t>(kv_heads)].pieces;
+  }
+
+  share(static_cast<std::int64_t>(plan.items.size()) * kv_heads, [&](std::int64_t i, int thread) {
+    const Item& item = plan.items[static_cast<std::size_t>(i / kv_heads)];
+    const int head = static_cast<int>(i % kv_heads);
+    float* mine = scratch + thread * scratch_floats;
+    AttnTask task = task_of(item, head);
+    if (item.split < 0) {
+      kernels_.attend(task, mine);
+      return;
+    }
+    const Split& s = plan.splits[static_cast<std::size_t>(item.split)];
+    task.partials = partials + (s.first_tile * kv_heads + s.tiles * head) * partial;
+    if (task.tile_begin < task.tile_end) kernels_.attend(task, mine);
+    auto& pieces = left[static_cast<std::size_t>(item.split * kv_heads + head)];
+    if (pieces.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    Item whole = item;  // the last to finish merges
+    whole.tile_begin = 0;
+    whole.tile_end = s.tiles;
+    AttnTask all = task_of(whole, head);
+    all.partials = task.partials;
+    kernels_.merge(all, mine);
+  });
+}
+
+void CpuBackend::qk_norm_rope_write_kv(const Tensor& qkv, int heads, const NormSpec& q_norm, const float* q_weight,
+                                       const NormSpec& k_norm, const float* k_weight, const RopeArgs& rope,
+                                       const KvView& kv, std::span<const AttnRow> rows) {
+  const RopeKvArgs a{.qkv = qkv.data,
+                     .ld = qkv.stride[0],
+                     .bf16 = is_bf16(qkv.dtype),
+                     .heads = heads,
+                     .kv_heads = kv.kv_heads,
+                     .head_dim = kv.head_dim,
+                     .q_weight = q_weight,
+                     .k_weight = k_weight,
+                     .q_eps = q_norm.eps,
+                     .k_eps = k_norm.eps,
+                     .q_norm = q_norm.kind != NormKind::None,
+                     .k_norm = k_norm.kind != NormKind::None,
+                     .q_layer = q_norm.kind == NormKind::Layer,
+                     .k_layer = k_norm.kind == NormKind::Layer,
+                     .cos_sin = rope.cos_sin,
+                     .rope_dim = rope.dim,
+                     .interleaved = rope.style == RopeStyle::Interleaved,
+                     .kv = kv.base,
+                     .kv_bf16 = is_bf16(kv.dtype),
+                     .block_stride = kv.block_stride,
+                     .kv_stride = kv.kv_stride,
+                     .head_stride = kv.head_stride};
+  const std::size_t stride = static_cast<std::size_t>(round_up(kv.head_dim, 32)) * 4;
+  auto* scratch = thread_scratch(stride);
+  split(qkv.rows(), qkv.cols() * 2, [&](std::int64_t begin, std::int64_t end, int thread) {
+    auto* tmp = reinterpret_cast<float*>(scratch + stride * static_cast<std::size_t>(thread));
+    for (const AttnRow& row : rows) {
+      const std::int64_t first = std::max<std::int64_t>(begin, row.token_begin);
+      const std::int64_t last = std::min<std::int64_t>(end, row.token_begin + row.num_tokens);
+      for (std::int64_t t = first; t < last; ++t) {
+        const std::int64_t pos = row.first_pos + (t - row.token_begin);
+        const BlockId block = row.table[pos / kv.block_size];
+        kernels_.rope_kv(a, t, pos, static_cast<std::int64_t>(index(block)), pos % kv.block_size, tmp);
+      }
+    }
+  });
+}
+
+}  // namespace fastllm::cpu

@@ -1,0 +1,115 @@
+// The CPU backend: dispatches each op to the kernels of one instruction set over the threads of one pool. Calls come
+// from one thread, which is thread 0 of the pool; every op has finished when it returns.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/cpu/kernels.h"
+#include "backend/cpu/memory.h"
+#include "base/thread_pool.h"
+
+namespace fastllm::cpu {
+
+// Grow-only working memory.
+class Scratch {
+ public:
+  void* get(std::size_t bytes) {
+    if (!pages_ || pages_->bytes() < bytes) {
+      pages_.reset();
+      pages_ = std::make_unique<Pages>(bytes + bytes / 2);
+    }
+    return pages_->data();
+  }
+
+ private:
+  std::unique_ptr<Pages> pages_;
+};
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(int threads, const std::string& isa);
+
+  DeviceInfo info() const override;
+  std::unique_ptr<Buffer> allocate(std::size_t bytes, MemoryKind kind) override;
+  void copy(void* dst, const void* src, std::size_t bytes) override;
+  void synchronize() override {}
+
+  std::unique_ptr<PackedWeight> pack(const HostMatrix& weight, DType compute) override;
+  void linear(const Tensor& out, const Tensor& x, const PackedWeight& w, const float* bias, bool accumulate) override;
+  void embed(const Tensor& out, std::span<const TokenId> ids, const PackedWeight& table, std::int64_t id_begin,
+             float scale) override;
+
+  void add_positions(const Tensor& x, std::span<const std::int32_t> positions, const Tensor& table) override;
+  void norm(const Tensor& out, const Tensor& x, const NormSpec& spec, const float* weight, const float* bias) override;
+  void add_norm(const Tensor& out, const Tensor& residual, const Tensor& delta, const NormSpec& spec,
+                const float* weight, const float* bias) override;
+  void gated_act(const Tensor& out, const Tensor& gate_up, Activation act) override;
+  void act(const Tensor& x, Activation act) override;
+  void add(const Tensor& x, const Tensor& y) override;
+  void gather_rows(const Tensor& out, const Tensor& x, std::span<const std::int32_t> rows) override;
+  void scale_softcap(const Tensor& logits, float scale, float softcap) override;
+  void copy_blocks(void* dst_pool, const void* src_pool, std::size_t block_bytes,
+                   std::span<const std::pair<BlockId, BlockId>> from_to) override;
+
+  void qk_norm_rope_write_kv(const Tensor& qkv, int heads, const NormSpec& q_norm, const float* q_weight,
+                             const NormSpec& k_norm, const float* k_weight, const RopeArgs& rope, const KvView& kv,
+                             std::span<const AttnRow> rows) override;
+  std::unique_ptr<AttnPlan> plan_attention(std::span<const AttnRow> rows, int block_size) override;
+  void attention(const Tensor& out, const Tensor& q, const KvView& kv, const AttnPlan& plan,
+                 const AttnArgs& args) override;
+
+  void process_logits(const Tensor& logits, std::span<const SampleRow> rows) override;
+  void sample(const Tensor& logits, std::span<const SampleRow> rows, std::span<TokenId> out) override;
+  void topk_logprobs(const Tensor& logits, std::span<const LogprobRequest> requests,
+                     std::span<LogprobResult> out) override;
+
+ private:
+  // f(begin, end, thread) over [0, n) in equal pieces, on this thread alone when n * cost is under about 10 us of work.
+  // cost: elements touched per item.
+  template <class F>
+  void split(std::int64_t n, std::int64_t cost, F&& f) {
+    constexpr std::int64_t kWorthIt = 16 << 10;  // elements
+    const int t = pool_.size();
+    if (t == 1 || n <= 1 || n * cost < kWorthIt) {
+      if (n > 0) f(std::int64_t{0}, n, 0);
+      return;
+    }
+    pool_.run([&](int i) {
+      const std::int64_t begin = n * i / t, end = n * (i + 1) / t;
+      if (begin < end) f(begin, end, i);
+    });
+  }
+  // f(item, thread) for every item, whoever is free taking the next.
+  template <class F>
+  void share(std::int64_t n, F&& f) {
+    if (n <= 1 || pool_.size() == 1) {
+      for (std::int64_t i = 0; i < n; ++i) f(i, 0);
+      return;
+    }
+    alignas(64) std::atomic<std::int64_t> next{0};
+    pool_.run([&](int thread) {
+      for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, thread);
+    });
+  }
+  // `bytes` for every thread; valid until the next call.
+  std::byte* thread_scratch(std::size_t bytes);
+
+  Kernels kernels_;
+  ThreadPool pool_;
+  Scratch shared_;  // prepared activations, partials
+  Scratch per_thread_;
+};
+
+inline Act to_act(Activation a) { return static_cast<Act>(a); }
+static_assert(static_cast<int>(Activation::Silu) == static_cast<int>(Act::Silu) &&
+              static_cast<int>(Activation::Gelu) == static_cast<int>(Act::Gelu) &&
+              static_cast<int>(Activation::GeluTanh) == static_cast<int>(Act::GeluTanh) &&
+              static_cast<int>(Activation::Relu) == static_cast<int>(Act::Relu));
+
+inline bool is_bf16(DType t) { return t == DType::BF16; }
+
+}  // namespace fastllm::cpu

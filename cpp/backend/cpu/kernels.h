@@ -1,0 +1,130 @@
+// The table between the backend and the code that is compiled once per instruction set. Everything here is plain data:
+// the per-ISA objects include no standard C++ header, so no inline function compiled with wide instructions can become
+// the copy that the linker keeps for the whole program (tests/python/test_isa_objects.py checks).
+//
+// Layout of packed weights, out dimension N in panels of 32 columns, the last one padded with zeros:
+//   fp32  [N/32][K][32]
+//   bf16  [N/32][K/32][2 tiles][16 k pairs][16 columns][2]     a tile is what TDPBF16PS takes as its B operand
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fastllm::cpu {
+
+inline constexpr int64_t kPanel = 32;       // weight columns of a panel
+inline constexpr int64_t kRowBlock = 32;    // activation rows of a prepared block
+inline constexpr int64_t kKvTile = 64;      // KV positions of one softmax partial; anchored at position 0
+inline constexpr int64_t kQueryBlock = 32;  // query tokens that share one pass over the KV tiles
+
+static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// out[m, n] = a w^T (+ bias), or out += ...
+struct GemmArgs {
+  const void* a;      // fp32 weights: fp32 rows; bf16 weights: what prepare_bf16() wrote
+  int64_t lda;        // elements; fp32 rows only
+  const void* w;      // packed
+  int64_t m, n, k;    // true sizes
+  const float* bias;  // [n] or null
+  void* out;
+  int64_t ldo;  // elements
+  bool out_bf16, accumulate;
+};
+
+struct NormArgs {
+  const void* x;                // [rows, cols]
+  const float* delta;           // fp32 [rows, cols] added to x first, x (fp32) being updated; or null
+  void* out;                    // [rows, cols]
+  int64_t ldx, ldd, ldo, cols;  // elements
+  const float *weight, *bias;   // [cols] or null
+  float eps;
+  bool layer;  // subtract the mean
+  bool x_bf16, out_bf16;
+};
+
+struct RopeKvArgs {
+  void* qkv;  // [tokens, (heads + 2 kv_heads) head_dim]
+  int64_t ld;
+  bool bf16;
+  int heads, kv_heads, head_dim;
+  const float *q_weight, *k_weight;  // [head_dim] or null
+  float q_eps, k_eps;
+  bool q_norm, k_norm, q_layer, k_layer;
+  const float* cos_sin;  // [positions, rope_dim]
+  int rope_dim;
+  bool interleaved;
+  void* kv;  // k of kv head 0, block 0
+  bool kv_bf16;
+  int64_t block_stride, kv_stride, head_stride;  // elements
+};
+
+// One block of query tokens of one sequence against the cache of one kv head.
+struct AttnTask {
+  const void* q;  // first token, first head of the group
+  void* out;
+  int64_t q_stride, out_stride;  // elements between tokens
+  bool bf16;
+  int tokens, first_pos, group, head_dim;
+  const void* kv;  // k of this kv head, block 0
+  bool kv_bf16;
+  const int32_t* table;
+  int block_size;
+  int64_t block_stride, kv_stride;  // elements
+  float scale, softcap;
+  int window;
+  const float* slopes;           // [group] or null
+  int64_t tile_begin, tile_end;  // KV tiles of this task
+  float* partials;               // [tile][partial_floats()], tile 0 first; null: finish in place
+};
+
+// Size of one softmax partial: weighted values, then maxima and sums. `queries` = group * tokens.
+static constexpr int64_t partial_floats(int64_t queries, int64_t head_dim) {
+  return queries * round_up(head_dim, 16) + 2 * round_up(queries, 16);
+}
+
+enum class Act : int { Silu, Gelu, GeluTanh, Relu };
+
+// One row of logits on its way to a token. Only tokens with logit > floor, or == floor and id <= last_id, take part.
+struct GumbelArgs {
+  const float* logits;
+  int64_t n;
+  float inv_temperature;
+  float floor;
+  int64_t last_id;
+  uint64_t seed, position;
+};
+
+struct Kernels {
+  const char* name;
+  bool amx;  // the bf16 product runs on tiles
+
+  // rows: [n <= 32, k] fp32; panel: one packed panel. tmp: round_up(k, 32) * 2 bytes.
+  void (*pack_f32)(const float* rows, int64_t n, int64_t k, float* panel);
+  void (*pack_bf16)(const float* rows, int64_t n, int64_t k, uint16_t* panel, uint16_t* tmp);
+  // Bytes of one prepared block of kRowBlock rows, and its making from rows [begin, end) (begin: multiple of
+  // kRowBlock).
+  int64_t (*prepared_bytes)(int64_t k);
+  void (*prepare_bf16)(const uint16_t* x, int64_t ldx, int64_t begin, int64_t end, int64_t k, void* prepared);
+  // Rows [m0, m1) (m0: multiple of kRowBlock) times panels [p0, p1).
+  void (*gemm_f32)(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
+  void (*gemm_bf16)(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
+
+  void (*norm)(const NormArgs& a, int64_t row0, int64_t row1);
+  void (*add)(float* x, const float* y, int64_t n);
+  void (*act)(void* x, bool bf16, int64_t n, Act act);
+  void (*gated_act)(void* out, const void* gate, const void* up, bool bf16, int64_t n, Act act);
+  void (*scale_softcap)(float* x, int64_t n, float scale, float softcap);
+  // Token `token` of qkv stands at `pos`; its k and v go to slot `slot` of `block`. tmp: head_dim floats.
+  void (*rope_kv)(const RopeKvArgs& a, int64_t token, int64_t pos, int64_t block, int64_t slot, float* tmp);
+
+  int64_t (*attn_scratch)(int64_t queries, int64_t head_dim);  // floats
+  void (*attend)(const AttnTask& t, float* scratch);
+  void (*merge)(const AttnTask& t, float* scratch);  // partials of tiles [tile_begin, tile_end) into out
+
+  float (*row_max)(const float* x, int64_t n);
+  int64_t (*argmax)(const float* x, int64_t n);                            // lowest index on ties
+  double (*sum_exp)(const float* x, int64_t n, float shift, float scale);  // sum exp((x - shift) * scale)
+  int64_t (*gumbel_argmax)(const GumbelArgs& a);
+};
+
+}  // namespace fastllm::cpu

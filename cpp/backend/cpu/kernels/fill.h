@@ -1,0 +1,18 @@
+// Each file of this folder fills its part of the table, in the namespace of the instruction set it is compiled for.
+#pragma once
+
+#include "backend/cpu/kernels.h"
+
+namespace fastllm::cpu::FASTLLM_ISA {
+
+void fill_gemm(Kernels& t);
+void fill_gemm_amx(Kernels& t);
+void fill_norm(Kernels& t);
+void fill_rope_kv(Kernels& t);
+void fill_attention(Kernels& t);
+void fill_act(Kernels& t);
+void fill_sample(Kernels& t);
+
+Kernels table();
+
+}  // namespace fastllm::cpu::FASTLLM_ISA

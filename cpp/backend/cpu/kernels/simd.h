@@ -1,0 +1,182 @@
+// Vectors of kW floats as the compiler's own vector types, so one source serves every instruction set. Internal linkage
+// throughout: see kernels.h.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "backend/cpu/kernels.h"
+
+namespace fastllm::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kW = 16;
+#elif defined(__AVX2__)
+constexpr int kW = 8;
+#else
+constexpr int kW = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(kW * 4)));
+typedef int32_t vi __attribute__((vector_size(kW * 4)));
+typedef uint32_t vu __attribute__((vector_size(kW * 4)));
+typedef uint16_t vh __attribute__((vector_size(kW * 2)));
+
+inline vf set1(float x) { return x - vf{}; }
+inline vi set1(int32_t x) { return x - vi{}; }
+inline vu set1(uint32_t x) { return x - vu{}; }
+inline vf as_float(vu x) { return reinterpret_cast<vf>(x); }
+inline vu as_bits(vf x) { return reinterpret_cast<vu>(x); }
+
+inline vi iota() {
+  vi v{};
+  for (int i = 0; i < kW; ++i) v[i] = i;
+  return v;
+}
+
+inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline vf min(vf a, vf b) { return a < b ? a : b; }
+
+inline vf load(const float* p) {
+  vf v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vu load_u32(const void* p) {
+  vu v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vf widen(vh h) { return as_float(__builtin_convertvector(h, vu) << 16); }
+inline vf load(const uint16_t* p) {
+  vh h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return widen(h);
+}
+inline vh narrow(vf x) {  // to nearest even; NaN stays NaN
+  const vu u = as_bits(x);
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return __builtin_convertvector((x == x) ? rounded : ((u >> 16) | 0x40u), vh);
+}
+inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(uint16_t* p, vf v) {
+  const vh h = narrow(v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// The first n < kW elements; the rest are zero, or not written.
+inline vf load(const float* p, int64_t n) {
+  vf v{};
+  __builtin_memcpy(&v, p, static_cast<size_t>(n) * 4);
+  return v;
+}
+inline vf load(const uint16_t* p, int64_t n) {
+  vh h{};
+  __builtin_memcpy(&h, p, static_cast<size_t>(n) * 2);
+  return widen(h);
+}
+inline void store(float* p, vf v, int64_t n) { __builtin_memcpy(p, &v, static_cast<size_t>(n) * 4); }
+inline void store(uint16_t* p, vf v, int64_t n) {
+  const vh h = narrow(v);
+  __builtin_memcpy(p, &h, static_cast<size_t>(n) * 2);
+}
+
+// f(i, lanes): i runs over [0, n) in steps of kW; lanes = kW but for the tail.
+template <class F>
+inline void for_vectors(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kW <= n; i += kW) f(i, kW);
+  if (i < n) f(i, n - i);
+}
+template <class T>
+inline vf load_some(const T* p, int64_t lanes) {
+  return lanes == kW ? load(p) : load(p, lanes);
+}
+template <class T>
+inline void store_some(T* p, vf v, int64_t lanes) {
+  if (lanes == kW) {
+    store(p, v);
+  } else {
+    store(p, v, lanes);
+  }
+}
+
+inline float sum(vf v) {
+  float lane[kW];
+  __builtin_memcpy(lane, &v, sizeof v);
+  for (int w = kW / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) lane[i] += lane[i + w];
+  return lane[0];
+}
+inline float max_of(vf v) {
+  float lane[kW];
+  __builtin_memcpy(lane, &v, sizeof v);
+  for (int w = kW / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) lane[i] = lane[i] > lane[i + w] ? lane[i] : lane[i + w];
+  return lane[0];
+}
+
+// e^x to 2 ulp; 0 below -87, and exactly 1 at 0.
+inline vf exp(vf x) {
+  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf clamped = min(max(x, set1(-87.0f)), set1(88.0f));
+  const vf n = fma(clamped, set1(1.44269504f), magic) - magic;
+  vf r = fma(n, set1(-0.693359375f), clamped);
+  r = fma(n, set1(2.12194440e-4f), r);
+  vf p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = fma(p * r, r, r) + 1.0f;
+  const vi e = (__builtin_convertvector(n, vi) + 127) << 23;
+  const vf y = p * reinterpret_cast<vf>(e);
+  return x < -87.0f ? vf{} : y;
+}
+
+// ln x for normal x > 0.
+inline vf log(vf x) {
+  const vu u = as_bits(x);
+  // mantissa in [sqrt(1/2), sqrt(2))
+  const vi shifted = reinterpret_cast<vi>(u - 0x3f3504f3u);
+  const vf e = __builtin_convertvector(shifted >> 23, vf);
+  const vf m = as_float(reinterpret_cast<vu>(shifted & 0x007fffff) + 0x3f3504f3u) - 1.0f;
+  vf p = set1(7.0376836292e-2f);
+  p = fma(p, m, set1(-1.1514610310e-1f));
+  p = fma(p, m, set1(1.1676998740e-1f));
+  p = fma(p, m, set1(-1.2420140846e-1f));
+  p = fma(p, m, set1(1.4249322787e-1f));
+  p = fma(p, m, set1(-1.6668057665e-1f));
+  p = fma(p, m, set1(2.0000714765e-1f));
+  p = fma(p, m, set1(-2.4999993993e-1f));
+  p = fma(p, m, set1(3.3333331174e-1f));
+  const vf z = m * m;
+  vf y = p * m * z;
+  y = fma(e, set1(-2.12194440e-4f), y);
+  y = fma(z, set1(-0.5f), y);
+  return fma(e, set1(0.693359375f), m + y);
+}
+
+inline vf tanh(vf x) {  // 1 - 2 / (e^2x + 1), by its Taylor polynomial where that cancels
+  const vf z = x * x;
+  const vf small = fma(x * z, fma(z, set1(2.0f / 15.0f), set1(-1.0f / 3.0f)), x);
+  const vf big = 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
+  return (z < 0.0025f) ? small : big;
+}
+
+}  // namespace
+}  // namespace fastllm::cpu

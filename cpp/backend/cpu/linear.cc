@@ -1,0 +1,158 @@
+// Packed weights: their making, their product with activations, and the look-up of one row of them.
+#include <algorithm>
+#include <bit>
+#include <cassert>
+#include <exception>
+#include <mutex>
+
+#include "backend/cpu/cpu_backend.h"
+
+namespace fastllm::cpu {
+namespace {
+
+// See kernels.h for the layout. Immutable after pack().
+class CpuWeight final : public PackedWeight {
+ public:
+  CpuWeight(std::int64_t rows, std::int64_t cols, DType dtype)
+      : rows_(rows), cols_(cols), dtype_(dtype), pages_(static_cast<std::size_t>(panels() * panel_bytes())) {}
+
+  std::int64_t rows() const override { return rows_; }
+  std::int64_t cols() const override { return cols_; }
+  std::size_t bytes() const override { return pages_.bytes(); }
+  DType dtype() const { return dtype_; }
+  std::int64_t panels() const { return (rows_ + kPanel - 1) / kPanel; }
+  std::int64_t panel_bytes() const { return is_bf16(dtype_) ? kPanel * round_up(cols_, 32) * 2 : kPanel * cols_ * 4; }
+  std::byte* panel(std::int64_t p) const { return static_cast<std::byte*>(pages_.data()) + p * panel_bytes(); }
+
+  void read_row(std::int64_t row, float scale, float* out) const {
+    const std::int64_t column = row % kPanel;
+    if (is_bf16(dtype_)) {
+      const auto* w = reinterpret_cast<const bf16*>(panel(row / kPanel)) + column / 16 * 512 + column % 16 * 2;
+      for (std::int64_t k = 0; k < cols_; ++k) {
+        out[k] = scale * to_float(w[k / 32 * 1024 + k % 32 / 2 * 32 + k % 2]);
+      }
+    } else {
+      const auto* w = reinterpret_cast<const float*>(panel(row / kPanel)) + column;
+      for (std::int64_t k = 0; k < cols_; ++k) out[k] = scale * w[k * kPanel];
+    }
+  }
+
+ private:
+  std::int64_t rows_, cols_;
+  DType dtype_;
+  Pages pages_;
+};
+
+}  // namespace
+
+std::unique_ptr<PackedWeight> CpuBackend::pack(const HostMatrix& weight, DType compute) {
+  assert(compute == DType::F32 || compute == DType::BF16);
+  auto packed = std::make_unique<CpuWeight>(weight.rows, weight.cols, compute);
+  const std::int64_t k = weight.cols;
+  const std::size_t rows_bytes = static_cast<std::size_t>(kPanel * k) * 4;
+  const std::size_t stride = rows_bytes + static_cast<std::size_t>(round_up(k, 64)) * 2;
+  Scratch scratch;
+  auto* base = static_cast<std::byte*>(scratch.get(stride * static_cast<std::size_t>(pool_.size())));
+  std::exception_ptr failure;
+  std::mutex failed;
+  share(packed->panels(), [&](std::int64_t p, int thread) {
+    try {
+      auto* rows = reinterpret_cast<float*>(base + stride * static_cast<std::size_t>(thread));
+      const std::int64_t begin = p * kPanel, end = std::min(begin + kPanel, weight.rows);
+      weight.read(begin, end, rows);
+      if (is_bf16(compute)) {
+        auto* tmp = reinterpret_cast<std::uint16_t*>(reinterpret_cast<std::byte*>(rows) + rows_bytes);
+        kernels_.pack_bf16(rows, end - begin, k, reinterpret_cast<std::uint16_t*>(packed->panel(p)), tmp);
+      } else {
+        kernels_.pack_f32(rows, end - begin, k, reinterpret_cast<float*>(packed->panel(p)));
+      }
+    } catch (...) {
+      const std::lock_guard lock(failed);
+      if (!failure) failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+  return packed;
+}
+
+void CpuBackend::embed(const Tensor& out, std::span<const TokenId> ids, const PackedWeight& table,
+                       std::int64_t id_begin, float scale) {
+  const auto& w = static_cast<const CpuWeight&>(table);
+  assert(out.dtype == DType::F32 && out.cols() == w.cols());
+  split(out.rows(), out.cols() * 4, [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      auto* row = static_cast<float*>(out.at(t));
+      const std::int64_t id = ids[static_cast<std::size_t>(t)] - id_begin;
+      if (id >= 0 && id < w.rows()) {
+        w.read_row(id, scale, row);
+      } else {
+        std::fill_n(row, w.cols(), 0.0f);
+      }
+    }
+  });
+}
+
+void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& weight, const float* bias,
+                        bool accumulate) {
+  const auto& w = static_cast<const CpuWeight&>(weight);
+  assert(x.dtype == w.dtype() && x.cols() == w.cols() && out.cols() == w.rows() && out.rows() == x.rows());
+  const std::int64_t m = x.rows(), k = w.cols(), panels = w.panels();
+  if (m == 0) return;
+  const bool narrow = is_bf16(w.dtype());
+  const auto gemm = narrow ? kernels_.gemm_bf16 : kernels_.gemm_f32;
+  GemmArgs g{.a = x.data,
+             .lda = x.stride[0],
+             .w = w.panel(0),
+             .m = m,
+             .n = w.rows(),
+             .k = k,
+             .bias = bias,
+             .out = out.data,
+             .ldo = out.stride[0],
+             .out_bf16 = is_bf16(out.dtype),
+             .accumulate = accumulate};
+  const std::int64_t row_blocks = (m + kRowBlock - 1) / kRowBlock;
+  const auto block_bytes = narrow ? kernels_.prepared_bytes(k) : 0;
+  const auto prepare = [&](std::int64_t block, void* to) {
+    kernels_.prepare_bf16(static_cast<const std::uint16_t*>(x.data), x.stride[0], block * kRowBlock,
+                          std::min(m, (block + 1) * kRowBlock), k, to);
+  };
+  const int threads = pool_.size();
+
+  if (row_blocks == 1) {
+    // Bound by reading the weights: each thread streams one contiguous share and prepares the few rows for itself.
+    auto* scratch = narrow ? thread_scratch(static_cast<std::size_t>(block_bytes)) : nullptr;
+    pool_.run([&](int i) {
+      const std::int64_t p0 = panels * i / threads, p1 = panels * (i + 1) / threads;
+      if (p0 == p1) return;
+      GemmArgs mine = g;
+      if (narrow) {
+        auto* a = scratch + (static_cast<std::size_t>(block_bytes) + 127) / 128 * 128 * static_cast<std::size_t>(i);
+        prepare(0, a);
+        mine.a = a;
+      }
+      gemm(mine, 0, m, p0, p1);
+    });
+    return;
+  }
+  if (narrow) {
+    auto* a = static_cast<std::byte*>(shared_.get(static_cast<std::size_t>(block_bytes * row_blocks)));
+    split(row_blocks, block_bytes, [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t b = begin; b < end; ++b) prepare(b, a);
+    });
+    g.a = a;
+  }
+  // Rows are taken in groups whose activations stay in the second-level cache while panels stream past.
+  constexpr std::int64_t kGroupBytes = 1 << 20;
+  const std::int64_t per_block = narrow ? block_bytes : kRowBlock * k * 4;
+  const std::int64_t groups = std::max<std::int64_t>(1, (row_blocks * per_block + kGroupBytes - 1) / kGroupBytes);
+  const std::int64_t group = (row_blocks + groups - 1) / groups;  // blocks
+  const std::int64_t chunk = std::clamp<std::int64_t>(panels / (threads * 8), 1, 8);
+  const std::int64_t chunks = (panels + chunk - 1) / chunk;
+  share(chunks * ((row_blocks + group - 1) / group), [&](std::int64_t item, int) {
+    const std::int64_t b = item / chunks * group, p = item % chunks * chunk;
+    gemm(g, b * kRowBlock, std::min(m, (b + group) * kRowBlock), p, std::min(panels, p + chunk));
+  });
+}
+
+}  // namespace fastllm::cpu

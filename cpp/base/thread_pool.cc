@@ -1,0 +1,125 @@
+// One job at a time: run_raw() publishes the job by raising `epoch_`, workers run their part and count `pending_` down.
+// Both sides spin with pauses for a few microseconds, then offer the core to others between looks, then sleep.
+#include "base/thread_pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <fstream>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "fastllm/error.h"
+
+namespace fastllm {
+namespace {
+
+constexpr int kPauses = 200;  // about 2 to 10 us
+constexpr auto kYielding = std::chrono::microseconds(50);
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Returns once value != old.
+void wait_while(std::atomic<std::uint32_t>& value, std::uint32_t old) {
+  for (int i = 0; i < kPauses; ++i) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    pause();
+  }
+  const auto until = std::chrono::steady_clock::now() + kYielding;
+  while (std::chrono::steady_clock::now() < until) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    sched_yield();
+  }
+  value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
+struct ThreadPool::Impl {
+  alignas(64) std::atomic<std::uint32_t> epoch{0};
+  void (*fn)(void*, int) = nullptr;  // written before epoch rises; null: leave
+  void* ctx = nullptr;
+  alignas(64) std::atomic<std::uint32_t> pending{0};  // workers still running
+  std::vector<std::thread> workers;
+
+  void work(int i) {
+    std::uint32_t seen = 0;
+    for (;;) {
+      wait_while(epoch, seen);
+      ++seen;
+      if (fn == nullptr) return;
+      fn(ctx, i);
+      if (pending.fetch_sub(1, std::memory_order_acq_rel) == 1) pending.notify_one();
+    }
+  }
+
+  void publish(void (*job)(void*, int), void* job_ctx) {
+    fn = job;
+    ctx = job_ctx;
+    pending.store(static_cast<std::uint32_t>(workers.size()), std::memory_order_relaxed);
+    epoch.fetch_add(1, std::memory_order_release);
+    epoch.notify_all();
+  }
+
+  void stop() {
+    publish(nullptr, nullptr);
+    for (auto& w : workers) w.join();
+  }
+};
+
+ThreadPool::ThreadPool(int threads) : impl_(std::make_unique<Impl>()) {
+  impl_->workers.reserve(static_cast<std::size_t>(std::max(threads, 1) - 1));
+  try {
+    for (int i = 1; i < threads; ++i) impl_->workers.emplace_back([impl = impl_.get(), i] { impl->work(i); });
+  } catch (const std::system_error& e) {
+    impl_->stop();
+    throw ResourceError("cannot start " + std::to_string(threads) + " threads: " + e.what());
+  }
+}
+
+ThreadPool::~ThreadPool() { impl_->stop(); }
+
+int ThreadPool::size() const { return static_cast<int>(impl_->workers.size()) + 1; }
+
+void ThreadPool::run_raw(void (*fn)(void*, int), void* ctx) {
+  if (impl_->workers.empty()) {
+    fn(ctx, 0);
+    return;
+  }
+  impl_->publish(fn, ctx);
+  fn(ctx, 0);
+  for (std::uint32_t left; (left = impl_->pending.load(std::memory_order_acquire)) != 0;) {
+    wait_while(impl_->pending, left);
+  }
+}
+
+int usable_cores() {
+  int cores = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) cores = CPU_COUNT(&set);
+  double quota = 0, period = 0;
+  if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2) {
+    std::string text;
+    if (v2 >> text >> period && text != "max") quota = std::stod(text);
+  } else if (std::ifstream q("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+             q && p) {
+    q >> quota;
+    p >> period;
+  }
+  if (quota > 0 && period > 0) cores = std::min(cores, static_cast<int>(quota / period + 0.5));
+#endif
+  return std::max(cores, 1);
+}
+
+}  // namespace fastllm

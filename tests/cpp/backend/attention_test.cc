@@ -1,0 +1,172 @@
+// Paged attention against a naive fp64 oracle, and its independence of chunking, batch and threads.
+#include <algorithm>
+#include <numeric>
+
+#include "op_testing.h"
+
+namespace fastllm::test {
+namespace {
+
+class Attention : public OpTest {};
+
+struct Case {
+  int heads = 4, kv_heads = 2, head_dim = 64, block_size = 16, window = 0;
+  float softcap = 0;
+  bool alibi = false;
+  DType dtype = DType::F32, kv_dtype = DType::F32;
+};
+
+// One sequence: its blocks lie in random order in a poisoned pool, so reading a wrong slot shows.
+class Sequence {
+ public:
+  Sequence(const Case& c, Random& random, int length)
+      : c_(c),
+        shape_{c.kv_dtype, 1, c.kv_heads, c.block_size, c.head_dim},
+        q(Array(c.dtype, length, c.heads * c.head_dim).fill(random)),
+        k(Array(c.kv_dtype, length, c.kv_heads * c.head_dim).fill(random)),
+        v(Array(c.kv_dtype, length, c.kv_heads * c.head_dim).fill(random)) {
+    const int blocks = (length + c.block_size - 1) / c.block_size;
+    std::vector<int> order(static_cast<std::size_t>(blocks));
+    std::iota(order.begin(), order.end(), 1);
+    std::shuffle(order.begin(), order.end(), std::mt19937(test_seed()));
+    for (const int b : order) table.push_back(BlockId{b});
+    pool_.assign(static_cast<std::size_t>(shape_.block_bytes()) * static_cast<std::size_t>(blocks + 1),
+                 std::byte{0xff});
+    for (int pos = 0; pos < length; ++pos) {
+      for (int h = 0; h < c.kv_heads; ++h) {
+        for (int d = 0; d < c.head_dim; ++d) {
+          store(pos, 0, h, d, k.get(pos, h * c.head_dim + d));
+          store(pos, 1, h, d, v.get(pos, h * c.head_dim + d));
+        }
+      }
+    }
+  }
+  KvView view() { return layer_view(pool_.data(), shape_, 0); }
+
+ private:
+  Case c_;
+  KvShape shape_;
+  std::vector<std::byte> pool_;
+
+  void store(int pos, int is_v, int head, int d, float x) {
+    const KvView kv = view();
+    const auto at =
+        static_cast<std::int64_t>(index(table[static_cast<std::size_t>(pos / c_.block_size)])) * kv.block_stride +
+        is_v * kv.kv_stride + head * kv.head_stride + (pos % c_.block_size) * c_.head_dim + d;
+    if (c_.kv_dtype == DType::F32) {
+      static_cast<float*>(kv.base)[at] = x;
+    } else {
+      static_cast<bf16*>(kv.base)[at] = to_bf16(x);
+    }
+  }
+
+ public:
+  Array q, k, v;
+  std::vector<BlockId> table;
+};
+
+AttnArgs args_of(const Case& c, std::span<const float> slopes) {
+  return {c.heads,   c.kv_heads, c.head_dim, 1.0f / std::sqrt(static_cast<float>(c.head_dim)),
+          c.softcap, c.window,   slopes};
+}
+
+// Positions [first, first + n) of the sequence.
+void attend(Backend& backend, const Case& c, Sequence& s, std::span<const float> slopes, Array& out, int first, int n) {
+  const AttnRow row{0, n, first, s.table.data()};
+  const auto plan = backend.plan_attention({&row, 1}, c.block_size);
+  backend.attention(out.tensor().slice(first, n), s.q.tensor().slice(first, n), s.view(), *plan, args_of(c, slopes));
+}
+
+void check(Backend& backend, Random& random, const Case& c, int length) {
+  SCOPED_TRACE(testing::Message() << "heads " << c.heads << "/" << c.kv_heads << " dim " << c.head_dim << " window "
+                                  << c.window << " cap " << c.softcap << " alibi " << c.alibi << " length " << length
+                                  << " " << name_of(c.dtype) << "/" << name_of(c.kv_dtype));
+  Sequence s(c, random, length);
+  std::vector<float> slopes;
+  for (int h = 0; c.alibi && h < c.heads; ++h) slopes.push_back(std::exp2f(-static_cast<float>(h + 1)));
+  Array whole(c.dtype, length, c.heads * c.head_dim), ones = whole, chunks = whole;
+  attend(backend, c, s, slopes, whole, 0, length);
+
+  const AttnArgs args = args_of(c, slopes);
+  int bad = 0;
+  for (int pos = 0; pos < length; ++pos) {
+    for (int h = 0; h < c.heads; ++h) {
+      const int kv_head = h / (c.heads / c.kv_heads), oldest = c.window > 0 ? std::max(0, pos - c.window + 1) : 0;
+      std::vector<double> p;
+      for (int j = oldest; j <= pos; ++j) {
+        double dot = 0;
+        for (int d = 0; d < c.head_dim; ++d)
+          dot += static_cast<double>(s.q.get(pos, h * c.head_dim + d)) * s.k.get(j, kv_head * c.head_dim + d);
+        dot *= args.scale;
+        if (c.softcap > 0) dot = c.softcap * std::tanh(dot / c.softcap);
+        if (c.alibi) dot += static_cast<double>(slopes[static_cast<std::size_t>(h)]) * (j - pos);
+        p.push_back(dot);
+      }
+      const double top = *std::max_element(p.begin(), p.end());
+      double sum = 0;
+      for (auto& x : p) sum += x = std::exp(x - top);
+      for (int d = 0; d < c.head_dim; ++d) {
+        double want = 0;
+        for (int j = oldest; j <= pos; ++j)
+          want += p[static_cast<std::size_t>(j - oldest)] / sum * s.v.get(j, kv_head * c.head_dim + d);
+        const float got = whole.get(pos, h * c.head_dim + d);
+        if (!close(got, want, tolerance_of(c.dtype)) && ++bad < 4)
+          ADD_FAILURE() << "pos " << pos << " head " << h << " dim " << d << ": " << got << ", not " << want;
+      }
+    }
+  }
+  EXPECT_EQ(bad, 0);
+
+  for (int pos = 0; pos < length; ++pos) attend(backend, c, s, slopes, ones, pos, 1);
+  for (int pos = 0; pos < length; pos += 7) attend(backend, c, s, slopes, chunks, pos, std::min(7, length - pos));
+  for (int pos = 0; pos < length; ++pos) {
+    ASSERT_TRUE(ones.same_row(pos, whole, pos)) << "decode differs at " << pos;
+    ASSERT_TRUE(chunks.same_row(pos, whole, pos)) << "chunks of 7 differ at " << pos;
+  }
+}
+
+TEST_P(Attention, matches_fp64_and_does_not_depend_on_chunking) {
+  for (const int head_dim : {16, 64, 80, 96, 128}) {
+    check(*backend, random, {.heads = 6, .kv_heads = 2, .head_dim = head_dim}, 150);
+    check(*backend, random, {.head_dim = head_dim, .dtype = DType::BF16, .kv_dtype = DType::BF16}, 70);
+  }
+  check(*backend, random, {.head_dim = 20, .dtype = DType::BF16, .kv_dtype = DType::F32}, 33);
+  check(*backend, random, {.kv_dtype = DType::BF16}, 65);
+  check(*backend, random, {.heads = 2, .kv_heads = 2, .head_dim = 16}, 700);
+  check(*backend, random, {.heads = 2, .kv_heads = 1, .head_dim = 16, .window = 100}, 600);
+  check(*backend, random, {.window = 1}, 40);
+  check(*backend, random, {.block_size = 5, .window = 37, .softcap = 5.0f}, 130);
+  check(*backend, random, {.softcap = 2.0f, .alibi = true}, 100);
+  check(*backend, random, {.heads = 8, .kv_heads = 1, .head_dim = 16, .block_size = 32, .alibi = true}, 90);
+}
+
+TEST_P(Attention, rows_of_a_batch_equal_the_rows_alone) {
+  const Case c{.heads = 6, .kv_heads = 3, .head_dim = 16, .dtype = DType::BF16, .kv_dtype = DType::BF16};
+  Sequence s(c, random, 800);
+  // Several rows of one sequence, as decodes and chunks of different requests sharing blocks would stand.
+  const std::vector<std::pair<int, int>> pieces = {{799, 1}, {300, 1}, {0, 40}, {500, 100}, {63, 1}, {64, 2}, {640, 3}};
+  int tokens = 0;
+  for (const auto& [first, n] : pieces) tokens += n;
+  Array q(c.dtype, tokens, c.heads * c.head_dim), out = q;
+  std::vector<AttnRow> rows;
+  int at = 0;
+  for (const auto& [first, n] : pieces) {
+    rows.push_back({at, n, first, s.table.data()});
+    for (int i = 0; i < n; ++i, ++at)
+      std::memcpy(q.tensor().at(at), s.q.tensor().at(first + i), static_cast<std::size_t>(q.cols()) * 2);
+  }
+  const auto plan = backend->plan_attention(rows, c.block_size);
+  Array alone(c.dtype, 800, c.heads * c.head_dim);
+  for (int repeat = 0; repeat < 5; ++repeat) {
+    backend->attention(out.tensor(), q.tensor(), s.view(), *plan, args_of(c, {}));
+    for (const AttnRow& row : rows) {
+      attend(*backend, c, s, {}, alone, row.first_pos, row.num_tokens);
+      for (int i = 0; i < row.num_tokens; ++i) ASSERT_TRUE(out.same_row(row.token_begin + i, alone, row.first_pos + i));
+    }
+  }
+}
+
+FASTLLM_TEST_ALL_ISAS(Attention);
+
+}  // namespace
+}  // namespace fastllm::test

@@ -1,0 +1,117 @@
+// What the op tests share: random tensors, poisoned outputs, one backend per instruction set.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/cpu/isa.h"
+
+namespace fastllm::test {
+
+// A new seed every run, printed; FASTLLM_TEST_SEED repeats one.
+inline unsigned test_seed() {
+  static const unsigned seed = [] {
+    const char* env = std::getenv("FASTLLM_TEST_SEED");
+    const unsigned s = env ? static_cast<unsigned>(std::atoll(env)) : std::random_device{}();
+    std::printf("FASTLLM_TEST_SEED=%u\n", s);
+    return s;
+  }();
+  return seed;
+}
+
+class Random {
+ public:
+  Random() : engine_(test_seed()) {}
+  float normal(float sigma = 1.0f) { return std::normal_distribution<float>(0.0f, sigma)(engine_); }
+  int below(int n) { return std::uniform_int_distribution<int>(0, n - 1)(engine_); }
+  std::uint64_t bits() { return engine_(); }
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+// Storage of one tensor, in F32 or BF16, every element NaN until set.
+class Array {
+ public:
+  Array(DType dtype, std::int64_t rows, std::int64_t cols)
+      : bytes_(static_cast<std::size_t>(rows * cols) * size_of(dtype), std::byte{0xff}),
+        tensor_(bytes_.data(), dtype, {rows, cols}) {}
+  Array(const Array& o) : bytes_(o.bytes_), tensor_(o.tensor_) { tensor_.data = bytes_.data(); }
+
+  const Tensor& tensor() const { return tensor_; }
+  std::int64_t rows() const { return tensor_.rows(); }
+  std::int64_t cols() const { return tensor_.cols(); }
+  float get(std::int64_t r, std::int64_t c) const {
+    const auto i = r * cols() + c;
+    return tensor_.dtype == DType::F32 ? tensor_.ptr<float>()[i] : to_float(tensor_.ptr<bf16>()[i]);
+  }
+  void set(std::int64_t r, std::int64_t c, float v) {
+    const auto i = r * cols() + c;
+    if (tensor_.dtype == DType::F32) {
+      tensor_.ptr<float>()[i] = v;
+    } else {
+      tensor_.ptr<bf16>()[i] = to_bf16(v);
+    }
+  }
+  Array& fill(Random& random, float sigma = 1.0f) {
+    for (std::int64_t r = 0; r < rows(); ++r)
+      for (std::int64_t c = 0; c < cols(); ++c) set(r, c, random.normal(sigma));
+    return *this;
+  }
+  bool same_row(std::int64_t r, const Array& other, std::int64_t other_row) const {
+    const std::size_t n = static_cast<std::size_t>(cols()) * size_of(tensor_.dtype);
+    return std::memcmp(tensor_.at(r), other.tensor_.at(other_row), n) == 0;
+  }
+
+ private:
+  std::vector<std::byte> bytes_;
+  Tensor tensor_;
+};
+
+inline HostMatrix host_matrix(const Array& a) {
+  return {a.rows(), a.cols(), [&a](std::int64_t begin, std::int64_t end, float* out) {
+            for (std::int64_t r = begin; r < end; ++r)
+              for (std::int64_t c = 0; c < a.cols(); ++c) *out++ = a.get(r, c);
+          }};
+}
+
+// |got - want| <= tolerance * (1 + |want|); false for NaN.
+inline bool close(float got, double want, double tolerance) {
+  return std::abs(static_cast<double>(got) - want) <= tolerance * (1.0 + std::abs(want));
+}
+
+inline float round_to(DType t, float x) { return t == DType::BF16 ? to_float(to_bf16(x)) : x; }
+
+// One unit in the last place of what was stored, with room for sums in another order.
+inline double tolerance_of(DType t) { return t == DType::BF16 ? 1.0 / 128 : 2e-5; }
+
+// Parameter: the instruction set. Levels the machine lacks are skipped with a reason.
+class OpTest : public testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    test_seed();
+    for (const auto& name : cpu::available_isas()) {
+      if (name == GetParam()) backend = make_cpu_backend(2, name);
+    }
+    if (!backend) GTEST_SKIP() << "this machine or build has no " << GetParam();
+  }
+  std::unique_ptr<Backend> backend;
+  Random random;
+};
+
+inline std::string isa_name(const testing::TestParamInfo<const char*>& info) { return info.param; }
+
+#define FASTLLM_TEST_ALL_ISAS(Suite) \
+  INSTANTIATE_TEST_SUITE_P(Cpu, Suite, testing::Values("base", "avx2", "avx512", "amx"), isa_name)
+
+}  // namespace fastllm::test
