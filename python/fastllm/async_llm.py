@@ -1,0 +1,241 @@
+"""The engine for asyncio: one wake-up per engine step, one stream per request.
+
+    engine thread --eventfd--> loop reader -> poll -> states change -> streams wake
+A stream holds no queue: it takes from its request's state whatever it has not seen, so a slow consumer gets fewer,
+larger updates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastllm import _core
+from fastllm.client import EngineClient, PromptType
+from fastllm.config import ModelConfig
+from fastllm.engine_args import EngineArgs
+from fastllm.errors import RequestError
+from fastllm.output_processor import RequestState
+from fastllm.outputs import RequestMetrics, RequestOutput
+from fastllm.sampling import SamplingParams
+from fastllm.tokenizer import Tokenizer
+
+log = logging.getLogger("fastllm")
+
+_LONG_PROMPT = 2000  # characters; longer ones are tokenised in a worker thread
+
+
+@dataclass
+class FinishedRequest:
+    """What is known of a request when it ends, for metrics."""
+
+    request_id: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int  # over all samples
+    finish_reasons: list[str]
+    params: SamplingParams
+    metrics: RequestMetrics
+
+
+@dataclass
+class StepReport:
+    """What one poll brought. Times are seconds."""
+
+    num_generated_tokens: int = 0
+    num_prompt_tokens: int = 0  # of the requests that got their first token
+    num_cached_tokens: int = 0  # of those, served by the prefix cache
+    first_token_s: list[float] = field(default_factory=list)  # arrival to first token
+    inter_token_s: list[tuple[float, int]] = field(default_factory=list)  # mean seconds per token, tokens
+    finished: list[FinishedRequest] = field(default_factory=list)
+
+
+class _Stream:
+    """A request's consumer: event is set when there is something to take."""
+
+    def __init__(self, state: RequestState) -> None:
+        self.state = state
+        self.event = asyncio.Event()
+        self.num_reported = 0  # tokens already in a StepReport
+        self.last_token_at = 0.0
+
+
+class AsyncLLM:
+    """Lives on one event loop; every method but from_engine_args is called there."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+        self._streams: dict[int, _Stream] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._observers: list[Callable[[StepReport], None]] = []
+        self._stopped = False
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs, *, usage_context: Any = None) -> AsyncLLM:
+        """Loads the model; blocks. Raises LoadError or ValueError with a sentence."""
+        return cls(EngineClient.load(args))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._client.tokenizer
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self._client.model_config
+
+    @property
+    def engine_config(self) -> _core.EngineConfig:
+        return self._client.core.config
+
+    @property
+    def healthy(self) -> bool:
+        return not self._stopped and self._client.core.stats().healthy
+
+    async def generate(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        queue_timeout: float | None = None,
+        mask: Any | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Streams the outputs of one request, in the form of sampling_params.output_kind.
+
+        priority: lower runs first under the priority policy. cache_salt: requests share cached prefixes only within
+        one salt. queue_timeout: seconds it may wait before it starts. Closing or cancelling the generator aborts the
+        request and frees its blocks. Raises RequestError.
+        """
+        self._attach()
+        if self._stopped:
+            raise RequestError("The engine is shut down.", "engine")
+        try:
+            params = sampling_params.clone()
+            text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+            if isinstance(text, str) and len(text) > _LONG_PROMPT:
+                prepared = await asyncio.to_thread(self._client.prepare, prompt, params)
+            else:
+                prepared = self._client.prepare(prompt, params)
+            state = self._client.submit(
+                request_id,
+                prepared,
+                params,
+                priority=priority,
+                cache_salt=cache_salt,
+                timeout_s=queue_timeout,
+                mask=mask,
+            )
+        except ValueError as error:
+            raise RequestError(str(error), "invalid") from error
+        stream = self._streams[state.core_id] = _Stream(state)
+        try:
+            while True:
+                await stream.event.wait()
+                stream.event.clear()
+                output = state.take()
+                if output is not None:
+                    yield output
+                if state.finished:
+                    return
+        finally:
+            self._streams.pop(state.core_id, None)
+            self._client.forget(state)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its stream gets a last output with finish_reason "abort". Unknown ids are ignored."""
+        self._client.abort(request_id)
+
+    def stats(self) -> _core.EngineStats:
+        return self._client.core.stats()
+
+    async def reset_prefix_cache(self) -> None:
+        self._client.core.reset_prefix_cache()
+
+    def add_step_observer(self, callback: Callable[[StepReport], None]) -> None:
+        """callback is called on the event loop after every poll that brought something."""
+        self._observers.append(callback)
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuses new requests and waits up to `timeout` seconds for the accepted ones; True if all finished."""
+        self._attach()
+        done = await asyncio.to_thread(self._client.core.drain, timeout)
+        self._on_results()
+        return done
+
+    def shutdown(self) -> None:
+        """Aborts what is left and stops the engine. Idempotent."""
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._client.core.event_fd())
+        self._client.core.shutdown()
+        for stream in self._streams.values():
+            if not stream.state.finished:
+                stream.state.error = RequestError("The engine was shut down.", "engine")
+            stream.event.set()
+
+    def _attach(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop is self._loop or self._stopped:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            if self._streams:
+                raise RequestError("This AsyncLLM is in use on another event loop.", "engine")
+            self._loop.remove_reader(self._client.core.event_fd())
+        self._loop = loop
+        loop.add_reader(self._client.core.event_fd(), self._on_results)
+
+    def _on_results(self) -> None:
+        if self._stopped:
+            return
+        report = StepReport()
+        now = time.monotonic()
+        for state in self._client.poll():
+            stream = self._streams.get(state.core_id)
+            if stream is None:
+                continue
+            _report(report, stream, now)
+            stream.event.set()
+        if self._observers and (report.num_generated_tokens or report.finished):
+            for observer in self._observers:
+                observer(report)
+
+
+def _report(report: StepReport, stream: _Stream, now: float) -> None:
+    state = stream.state
+    total = state.num_generated_tokens
+    new = total - stream.num_reported
+    report.num_generated_tokens += new
+    if new and stream.num_reported == 0:
+        report.num_prompt_tokens += len(state.prompt_token_ids)
+        report.num_cached_tokens += state.num_cached_tokens
+        report.first_token_s.append(max(0.0, state.metrics.first_token_time - state.metrics.arrival_time))
+        if new > state.params.n:
+            report.inter_token_s.append(((now - state.metrics.first_token_time) / (new - 1), new - 1))
+    elif new:
+        report.inter_token_s.append(((now - stream.last_token_at) * state.params.n / new, new))
+    if new:
+        stream.last_token_at, stream.num_reported = now, total
+    if state.finished:
+        reasons = [s.finish_reason or "error" for s in state.sequences]
+        report.finished.append(
+            FinishedRequest(
+                state.request_id,
+                len(state.prompt_token_ids),
+                state.num_cached_tokens,
+                total,
+                reasons,
+                state.params,
+                state.metrics,
+            )
+        )
+
+
+AsyncLLMEngine = AsyncLLM

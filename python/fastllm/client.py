@@ -1,0 +1,252 @@
+"""The engine with its text side: loads a model, turns prompts into requests and deltas into request states.
+
+LLM, LLMEngine and AsyncLLM are thin loops around one EngineClient. Not thread-safe: one owner calls it, except for
+prepare(), which only reads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from fastllm import _core
+from fastllm.config import ModelConfig, sampling_defaults
+from fastllm.engine_args import EngineArgs
+from fastllm.errors import InvalidArgument, LoadError
+from fastllm.loader.model import ModelFiles, open_model
+from fastllm.logits import core_processor
+from fastllm.output_processor import OutputProcessor, RequestState
+from fastllm.outputs import TokensPrompt
+from fastllm.progress import Progress
+from fastllm.sampling import RequestOutputKind, SamplingParams
+from fastllm.tokenizer import Tokenizer, byte_tokenizer
+
+log = logging.getLogger("fastllm")
+
+PromptType = str | list[int] | TokensPrompt
+
+_NULL_MAX_LEN = 4096  # tokens
+
+
+@dataclass
+class PreparedPrompt:
+    text: str | None
+    token_ids: list[int]
+    cache_salt: str = ""
+
+
+class EngineClient:
+    """core: the engine. tokenizer, model_config: what belongs to its model."""
+
+    def __init__(self, core: _core.Engine, tokenizer: Tokenizer, model_config: ModelConfig) -> None:
+        self.core = core
+        self.tokenizer = tokenizer
+        self.model_config = model_config
+        self._outputs = OutputProcessor(tokenizer, model_config.eos_token_ids)
+        self._core_ids = itertools.count(1)
+        self._by_name: dict[str, RequestState] = {}
+
+    @classmethod
+    def load(cls, args: EngineArgs) -> EngineClient:
+        """Loads the model and starts the engine. Raises LoadError or InvalidArgument with a sentence."""
+        if args.model == "null" or args.load_format == "null":
+            return cls._load_null(args)
+        started = time.monotonic()
+        files = open_model(args)
+        _log_dtype(args, files)
+        limit = files.spec["max_len"]
+        core_config = args.to_core(_checked_max_len(args, limit), files.spec["embed"]["vocab"])
+        progress = Progress("Loading weights", 0, "B")
+        if files.is_bundle:
+            core = _core.Engine.open(core_config, str(files.path), progress.update)
+        else:
+            core = _core.Engine.create(core_config, files.spec_json, core_bindings(files), progress.update)
+        progress.close()
+        log.info("Loaded %s in %.1f s.", args.model, time.monotonic() - started)
+        config = ModelConfig(
+            model=args.model,
+            served_model_names=args.served_model_names,
+            max_model_len=core.config.max_model_len,
+            vocab_size=files.spec["embed"]["vocab"],
+            eos_token_ids=files.spec["eos"],
+            dtype=core.config.dtype,
+            generation_config=sampling_defaults(files.generation),
+            chat_template=_chat_template(args),
+            family=files.spec["family"],
+        )
+        return cls(core, files.tokenizer, config)
+
+    @classmethod
+    def _load_null(cls, args: EngineArgs) -> EngineClient:
+        tokenizer = byte_tokenizer()
+        eos = [cast(int, tokenizer.eos_token_id)]
+        max_len = args.max_model_len or _NULL_MAX_LEN
+        core = _core.Engine.create_null(
+            args.to_core(max_len, tokenizer.vocab_size), vocab=tokenizer.vocab_size, max_len=max_len, eos=eos
+        )
+        config = ModelConfig(
+            args.model,
+            args.served_model_names,
+            max_len,
+            tokenizer.vocab_size,
+            eos,
+            core.config.dtype,
+            chat_template=_chat_template(args),
+            family="null",
+        )
+        return cls(core, tokenizer, config)
+
+    def prepare(self, prompt: Any, params: SamplingParams) -> PreparedPrompt:
+        """Tokenises and checks a prompt. Raises ValueError saying what is wrong. Callable from any thread."""
+        prepared = self._parse(prompt)
+        ids = prepared.token_ids
+        keep = params.truncate_prompt_tokens
+        limit = self.model_config.max_model_len
+        if keep is not None:
+            ids = ids[-(max(1, limit - (params.max_tokens or 1)) if keep == -1 else keep) :]
+        if not ids:
+            raise ValueError("The prompt is empty: it must have at least one token.")
+        vocab = self.model_config.vocab_size
+        outside = next((i for i in ids if type(i) is not int or not 0 <= i < vocab), None)
+        if outside is not None:
+            raise ValueError(f"Token id {outside!r} is out of vocabulary: ids are 0 to {vocab - 1}.")
+        if len(ids) >= limit:
+            raise ValueError(
+                f"This model's maximum context length is {limit} tokens. The prompt has {len(ids)} tokens, which "
+                "leaves no room for output. Shorten the prompt or set truncate_prompt_tokens."
+            )
+        params.check_model(vocab_size=vocab, max_logprobs=self.core.config.max_logprobs)
+        prepared.token_ids = ids
+        return prepared
+
+    def _parse(self, prompt: Any) -> PreparedPrompt:
+        if isinstance(prompt, str):
+            return PreparedPrompt(prompt, self.tokenizer.encode(prompt))
+        if isinstance(prompt, dict):
+            salt = str(prompt.get("cache_salt") or "")
+            if prompt.get("prompt_token_ids") is not None:
+                return PreparedPrompt(prompt.get("prompt"), list(prompt["prompt_token_ids"]), salt)
+            if isinstance(prompt.get("prompt"), str):
+                return PreparedPrompt(prompt["prompt"], self.tokenizer.encode(prompt["prompt"]), salt)
+        elif isinstance(prompt, Sequence):
+            return PreparedPrompt(None, list(prompt))
+        raise ValueError(
+            "A prompt is a string, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'; got "
+            f"{type(prompt).__name__}."
+        )
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: PreparedPrompt,
+        params: SamplingParams,
+        *,
+        kind: RequestOutputKind | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        timeout_s: float | None = None,
+        mask: Any | None = None,
+    ) -> RequestState:
+        """Queues a prepared request. Raises ValueError if a live request has this id."""
+        if request_id in self._by_name:
+            raise ValueError(f"The request id {request_id!r} is in use by a live request.")
+        core_params = params.to_core(max_model_len=self.model_config.max_model_len, prompt_len=len(prompt.token_ids))
+        processor = core_processor(params.logits_processors) if params.logits_processors else None
+        state = RequestState(
+            request_id,
+            next(self._core_ids),
+            prompt.text,
+            prompt.token_ids,
+            params,
+            kind or params.output_kind,
+            self.tokenizer,
+        )
+        self.core.submit(
+            state.core_id,
+            prompt.token_ids,
+            core_params,
+            priority=priority,
+            timeout_s=timeout_s,
+            cache_salt=cache_salt or prompt.cache_salt,
+            logits_processor=processor,
+            mask=mask,
+        )
+        self._outputs.requests[state.core_id] = state
+        self._by_name[request_id] = state
+        return state
+
+    def poll(self, timeout_s: float = 0.0) -> list[RequestState]:
+        """The requests that changed since the last poll."""
+        changed, to_abort = self._outputs.process(self.core.poll(timeout_s))
+        for core_id in to_abort:
+            self.core.abort(core_id)
+        for state in changed:
+            if state.finished:
+                self._by_name.pop(state.request_id, None)
+        return changed
+
+    def abort(self, request_id: str) -> None:
+        """Asks the core to end a request; its last output, with finish_reason "abort", comes with a later poll."""
+        state = self._by_name.get(request_id)
+        if state is not None:
+            self.core.abort(state.core_id)
+
+    def forget(self, state: RequestState) -> None:
+        """Ends a request whose output nobody wants any more."""
+        if self._by_name.get(state.request_id) is state:
+            del self._by_name[state.request_id]
+        if self._outputs.requests.pop(state.core_id, None) is not None:
+            self.core.abort(state.core_id)
+
+    @property
+    def live(self) -> list[RequestState]:
+        return list(self._by_name.values())
+
+
+def core_bindings(files: ModelFiles) -> list[_core.WeightBinding]:
+    """The bindings as the core takes them; memory stays mapped, nothing is copied."""
+    return [
+        _core.WeightBinding(
+            b.canonical,
+            [_core.SourceTensor(t.name, t.type, t.shape, t.data, t.interleaved_head_dim) for t in b.sources],
+            b.transform,
+            b.add_one,
+        )
+        for b in files.bindings
+    ]
+
+
+def _checked_max_len(args: EngineArgs, limit: int) -> int:
+    if args.max_model_len is None:
+        return limit
+    if args.max_model_len > limit:
+        raise InvalidArgument(
+            f"User-specified max_model_len ({args.max_model_len}) is greater than the derived max_model_len ({limit}, "
+            "what the positions of the model were made for). Use a smaller value, or change the model's rope scaling "
+            "with hf_overrides."
+        )
+    return args.max_model_len
+
+
+def _log_dtype(args: EngineArgs, files: ModelFiles) -> None:
+    wanted = files.checkpoint_dtype if args.dtype == "auto" else args.dtype
+    if wanted in ("float16", "half"):
+        log.info("float16 is computed in bfloat16 on CPUs: the same size, more range, less precision.")
+    elif wanted == "float32" and args.dtype == "auto":
+        log.info("The float32 checkpoint is cast down to bfloat16; pass dtype=float32 to keep it.")
+
+
+def _chat_template(args: EngineArgs) -> str | None:
+    """The template itself: the argument is a file if it looks like a path, else the template."""
+    given = args.chat_template
+    if given is None or any(c in given for c in "{}\n"):
+        return given
+    try:
+        return Path(given).read_text("utf-8")
+    except OSError as error:
+        raise LoadError(f"chat_template={given!r} is neither a template nor a file: {error.strerror}.") from error

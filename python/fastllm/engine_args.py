@@ -1,0 +1,198 @@
+"""Everything that can be chosen about an engine, with vLLM's names and defaults, for Python and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastllm.arg_parser import OnOff, parse_length, parse_size
+
+if TYPE_CHECKING:
+    from fastllm import _core
+
+DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy", "null")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _arg(default: Any, group: str, help: str, **cli: Any) -> Any:
+    """A field with its place in --help; `cli` goes to add_argument."""
+    metadata = {"group": group, "help": help, "cli": cli}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class EngineArgs:
+    """Arguments of an engine; the help of each field is its documentation. Raises ValueError for a wrong value."""
+
+    model: str = _arg(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "model",
+        "folder, .gguf file, hub id, package:NAME for an installed package with one .gguf file, or null",
+    )
+    tokenizer: str | None = _arg(None, "model", "folder or hub id of the tokenizer, if not the model's")
+    served_model_name: str | list[str] | None = _arg(
+        None, "model", "names used in the API; the first one is shown", nargs="+"
+    )
+    dtype: str = _arg("auto", "model", "weights and activations; auto: the checkpoint's 16-bit type", choices=DTYPES)
+    max_model_len: int | None = _arg(
+        None, "model", "tokens of prompt and output; default: the model's limit", type=parse_length
+    )
+    load_format: str = _arg(
+        "auto", "model", "dummy: random weights; null: no model, hashes (for tests)", choices=LOAD_FORMATS
+    )
+    revision: str | None = _arg(None, "model", "branch, tag or commit on the hub")
+    download_dir: str | None = _arg(None, "model", "where hub downloads go; default: the hub's cache")
+    hf_overrides: dict[str, Any] = _arg({}, "model", "JSON object merged into config.json", type=_json_object)
+    generation_config: str = _arg(
+        "auto", "model", "default sampling parameters: auto (the model's), vllm (none), or a folder"
+    )
+    override_generation_config: dict[str, Any] = _arg(
+        {}, "model", "JSON object merged into the generation config", type=_json_object
+    )
+    chat_template: str | None = _arg(None, "model", "file with a chat template, or the template itself")
+    trust_remote_code: bool = _arg(False, "model", "accepted; code from a checkpoint is never run", action=OnOff)
+    quantization: str | None = _arg(None, "model", "only checkpoints' own formats (GGUF) are supported")
+    seed: int = _arg(0, "model", "seed of requests that have none", type=int)
+
+    device: str = _arg("auto", "device", "auto or cpu")
+    tensor_parallel_size: int = _arg(1, "device", "ranks that share every layer", type=int, short="-tp")
+    pipeline_parallel_size: int = _arg(1, "device", "accepted; only 1 is supported", type=int, short="-pp")
+    cpu_threads: int = _arg(0, "device", "threads over all ranks; 0: the usable cores", type=int)
+    gpu_memory_utilization: float = _arg(0.92, "device", "share of a GPU's memory; unused on CPUs", type=float)
+    enforce_eager: bool = _arg(False, "device", "no GPU graphs; CPUs have none", action=OnOff)
+
+    block_size: int | None = _arg(None, "cache", "tokens per KV block; default 16", type=int)
+    kv_cache_memory_bytes: int | None = _arg(
+        None, "cache", "KV cache, such as 2G; default: sized from the free memory", type=parse_size
+    )
+    num_gpu_blocks_override: int | None = _arg(None, "cache", "KV blocks, instead of bytes", type=int)
+    swap_space: float = _arg(4.0, "cache", "GiB for swapped-out blocks when --preemption-mode=swap", type=float)
+    enable_prefix_caching: bool = _arg(True, "cache", "reuse the KV of equal prompt beginnings", action=OnOff)
+
+    max_num_seqs: int | None = _arg(None, "scheduler", "sequences that run at once; default 256", type=int)
+    max_num_batched_tokens: int | None = _arg(None, "scheduler", "tokens of one step; default 2048", type=parse_size)
+    long_prefill_token_threshold: int = _arg(
+        0, "scheduler", "tokens of one prompt per step; 0: no limit but the step's", type=parse_size
+    )
+    enable_chunked_prefill: bool | None = _arg(
+        None, "scheduler", "accepted; prompts are always chunked where needed", action=OnOff
+    )
+    scheduling_policy: str = _arg("fcfs", "scheduler", "order of requests", choices=("fcfs", "priority"))
+    preemption_mode: str = _arg("recompute", "scheduler", "when KV blocks run out", choices=("recompute", "swap"))
+    async_scheduling: bool = _arg(True, "scheduler", "plan a step while the last one runs", action=OnOff)
+    max_logprobs: int = _arg(20, "scheduler", "most alternatives a request may ask for; -1: all", type=int)
+    check_invariants: bool = _arg(False, "scheduler", "validate the scheduler after every step (slow)", action=OnOff)
+
+    disable_log_stats: bool = _arg(False, "logging", "no periodic statistics", action=OnOff)
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            choices = one.metadata["cli"].get("choices")
+            value = getattr(self, one.name)
+            if choices and value not in choices:
+                raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}.")
+        for name, minimum in _MINIMUM.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+        if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
+            raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}.")
+        if self.pipeline_parallel_size != 1:
+            raise ValueError("pipeline_parallel_size must be 1; use tensor_parallel_size to split a model.")
+        if self.quantization not in (None, "gguf"):
+            raise ValueError(
+                f"quantization={self.quantization!r} is not supported: weights are used as the checkpoint has them, "
+                "unquantised or in GGUF's block formats."
+            )
+
+    @classmethod
+    def add_cli_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Adds one option per field, grouped. Defaults are those of the class."""
+        groups: dict[str, Any] = {}
+        for one in dataclasses.fields(cls):
+            title = one.metadata["group"]
+            group = groups.setdefault(title, None) or parser.add_argument_group(title)
+            groups[title] = group
+            cli = dict(one.metadata["cli"])
+            names = [f"--{one.name.replace('_', '-')}"]
+            short = cli.pop("short", None)
+            default = {} if one.default is dataclasses.MISSING else one.default
+            shown = "" if default in (None, {}) else " (default: %(default)s)"
+            help_text = one.metadata["help"].replace("%", "%%") + shown
+            group.add_argument(*([short] if short else []), *names, default=default, help=help_text, **cli)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> EngineArgs:
+        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}
+        return cls(**given)
+
+    @property
+    def served_model_names(self) -> list[str]:
+        names = self.served_model_name or self.model
+        return [names] if isinstance(names, str) else list(names)
+
+    def compute_dtype(self) -> str:
+        """The type the engine computes in. "auto" is bfloat16 for every checkpoint: fp32 ones are cast down."""
+        return "float32" if self.dtype in ("float32", "float") else "bfloat16"
+
+    def to_core(self, max_model_len: int, vocab_size: int) -> _core.EngineConfig:
+        from fastllm import _core
+
+        config = _core.EngineConfig()
+        config.device = "cpu" if self.device == "auto" else self.device
+        config.dtype = self.compute_dtype()
+        config.max_model_len = max_model_len
+        config.prefix_caching = self.enable_prefix_caching
+        config.preemption = self.preemption_mode
+        config.policy = self.scheduling_policy
+        config.swap_bytes = int(self.swap_space * 2**30) if self.preemption_mode == "swap" else 0
+        config.async_depth = 2 if self.async_scheduling else 1
+        config.tensor_parallel_size = self.tensor_parallel_size
+        config.cpu_threads = self.cpu_threads
+        config.max_chunk = self.long_prefill_token_threshold
+        config.max_logprobs = vocab_size if self.max_logprobs == -1 else self.max_logprobs
+        config.seed = self.seed % 2**64
+        config.check_invariants = self.check_invariants
+        for ours, value in (
+            ("max_num_seqs", self.max_num_seqs),
+            ("max_step_tokens", self.max_num_batched_tokens),
+            ("block_size", self.block_size),
+            ("kv_cache_bytes", self.kv_cache_memory_bytes),
+            ("num_blocks", self.num_gpu_blocks_override),
+        ):
+            if value is not None:
+                setattr(config, ours, value)
+        return config
+
+
+_MINIMUM = {
+    "max_model_len": 1,
+    "tensor_parallel_size": 1,
+    "cpu_threads": 0,
+    "block_size": 1,
+    "kv_cache_memory_bytes": 1,
+    "num_gpu_blocks_override": 1,
+    "swap_space": 0,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "long_prefill_token_threshold": 0,
+    "max_logprobs": -1,
+}
+
+AsyncEngineArgs = EngineArgs

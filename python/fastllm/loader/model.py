@@ -1,0 +1,158 @@
+"""Everything a model consists of, read from wherever it is: spec, weight bindings, tokenizer, generation config."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastllm.config import eos_of, read_generation_config, read_json
+from fastllm.engine_args import EngineArgs
+from fastllm.errors import LoadError
+from fastllm.families import HfConfig, family_of
+from fastllm.loader.bind import Binding, bind_weights
+from fastllm.loader.gguf import read_gguf
+from fastllm.loader.gguf_model import gguf_config, gguf_tensors
+from fastllm.loader.gguf_tokenizer import gguf_tokenizer, special_token
+from fastllm.loader.hub import resolve_model
+from fastllm.loader.safetensors import read_folder
+from fastllm.loader.tensors import FileTensor
+from fastllm.spec import ModelSpec
+from fastllm.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger("fastllm")
+
+
+@dataclass
+class ModelFiles:
+    """A model ready to be handed to the core. Bundles have no bindings: the core opens them itself."""
+
+    path: Path
+    spec_json: str
+    tokenizer: Tokenizer
+    bindings: list[Binding] = field(default_factory=list)
+    generation: dict[str, Any] = field(default_factory=dict)  # generation_config.json
+    checkpoint_dtype: str = "bfloat16"  # of most weights; block formats count as bfloat16
+    is_bundle: bool = False
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        spec: dict[str, Any] = json.loads(self.spec_json)
+        return spec
+
+
+def open_model(args: EngineArgs) -> ModelFiles:
+    """Finds and checks the model that `args` names; reads no weights yet. Raises LoadError."""
+    path = resolve_model(args.model, args.revision, args.download_dir)
+    if path.is_file():
+        return _open_gguf(path, args)
+    if (path / "spec.json").is_file():
+        return _open_bundle(path, args)
+    ggufs = sorted(path.glob("*.gguf"))
+    if not (path / "config.json").is_file() and len(ggufs) == 1:
+        return _open_gguf(ggufs[0], args)
+    return _open_folder(path, args)
+
+
+def _open_folder(path: Path, args: EngineArgs) -> ModelFiles:
+    if not (path / "config.json").is_file():
+        raise LoadError(f"{path} is not a model folder: it has no config.json.")
+    if args.load_format == "gguf":
+        raise LoadError(f"load_format=gguf, but {path} is a folder of safetensors.")
+    config = _overridden(read_json(path / "config.json"), args)
+    if args.trust_remote_code or "auto_map" in config:
+        log.info("Code from a checkpoint is never run: the model is built from its config alone.")
+    hf = HfConfig(config, str(path / "config.json"))
+    family = family_of(hf)
+    spec = family.build(hf)
+    if args.load_format == "dummy":
+        bindings = list(_dummy_bindings(spec, args.seed))
+    else:
+        bindings = bind_weights(family, spec, read_folder(path), str(path))
+    tokenizer = _external_tokenizer(args) or load_tokenizer(path)
+    return _finished(path, spec, tokenizer, bindings, args)
+
+
+def _open_gguf(path: Path, args: EngineArgs) -> ModelFiles:
+    if args.load_format == "safetensors":
+        raise LoadError(f"load_format=safetensors, but {path} is a GGUF file.")
+    file = read_gguf(path)
+    config = _overridden(gguf_config(file), args)
+    hf = HfConfig(config, str(path))
+    family = family_of(hf)
+    spec = family.build(hf)
+    if args.load_format == "dummy":
+        bindings = list(_dummy_bindings(spec, args.seed))
+    else:
+        bindings = bind_weights(family, spec, gguf_tensors(file, config), str(path))
+    tokenizer = _external_tokenizer(args)
+    if tokenizer is None:
+        named = {f"{name}_token": special_token(file, key) for name, key in _GGUF_SPECIALS.items()}
+        template = file.metadata.get("tokenizer.chat_template")
+        tokenizer = Tokenizer(
+            gguf_tokenizer(file),
+            {name: token for name, token in named.items() if token is not None},
+            template if isinstance(template, str) else None,
+        )
+    return _finished(path.parent, spec, tokenizer, bindings, args)
+
+
+_GGUF_SPECIALS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+
+def _open_bundle(path: Path, args: EngineArgs) -> ModelFiles:
+    spec_json = json.dumps(read_json(path / "spec.json"))
+    tokenizer = _external_tokenizer(args) or load_tokenizer(path)
+    generation = read_generation_config(args.generation_config, path) | args.override_generation_config
+    return ModelFiles(path, spec_json, tokenizer, generation=generation, is_bundle=True)
+
+
+def _overridden(config: dict[str, Any], args: EngineArgs) -> dict[str, Any]:
+    return {**config, **args.hf_overrides}
+
+
+def _external_tokenizer(args: EngineArgs) -> Tokenizer | None:
+    if args.tokenizer in (None, args.model):
+        return None
+    return load_tokenizer(resolve_model(str(args.tokenizer), args.revision, args.download_dir))
+
+
+def _finished(
+    path: Path, spec: ModelSpec, tokenizer: Tokenizer, bindings: list[Binding], args: EngineArgs
+) -> ModelFiles:
+    # End tokens are a fact of the model, not a sampling default: they count even if the other defaults are refused.
+    own = read_generation_config("auto", path)
+    spec.eos = list(dict.fromkeys([*spec.eos, *eos_of(own), *_eos_of(tokenizer)]))
+    spec.eos = [token for token in spec.eos if token < spec.embed.vocab]
+    generation = read_generation_config(args.generation_config, path) | args.override_generation_config
+    return ModelFiles(path, spec.to_json(), tokenizer, bindings, generation, _main_dtype(bindings))
+
+
+def _eos_of(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _main_dtype(bindings: list[Binding]) -> str:
+    sizes: dict[str, int] = {}
+    for tensor in (t for b in bindings for t in b.sources):
+        sizes[tensor.type] = sizes.get(tensor.type, 0) + len(tensor.data)
+    most = max(sizes, key=lambda kind: sizes[kind], default="BF16")
+    return {"F32": "float32", "F16": "float16"}.get(most, "bfloat16")
+
+
+def _dummy_bindings(spec: ModelSpec, seed: int) -> Iterator[Binding]:
+    """Small random weights, all of them views of one buffer as long as the largest."""
+    shapes = dict(spec.weight_shapes())
+    longest = max(int(np.prod(shape)) for shape in shapes.values())
+    noise = np.random.default_rng(seed).standard_normal(longest, dtype=np.float32)
+    values = (noise * 0.02).astype(np.float16)
+    ones = np.ones(spec.embed.hidden, dtype=np.float16)
+    for name, shape in shapes.items():
+        source = ones if name.endswith("norm.weight") else values
+        data = source[: int(np.prod(shape))].view(np.uint8).data
+        yield Binding(name, (FileTensor(name, "F16", shape, data),))

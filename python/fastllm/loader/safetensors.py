@@ -1,0 +1,109 @@
+"""Safetensors files, mapped and checked. Format: u64 length of the header, JSON header, tensor data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastllm.errors import LoadError
+from fastllm.loader.tensors import FileTensor, map_file
+
+_ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_MAX_HEADER = 100 << 20  # bytes, the limit of the reference implementation
+_INDEX = "model.safetensors.index.json"
+
+
+def read_safetensors(path: Path) -> dict[str, FileTensor]:
+    """All tensors of one file by name. Raises LoadError for anything that is not a well-formed file."""
+    view = map_file(path)
+    if len(view) < 8:
+        raise LoadError(f"{path} is not a safetensors file: {len(view)} bytes are too few for a header.")
+    header_len = int.from_bytes(view[:8], "little")
+    if not 2 <= header_len <= min(_MAX_HEADER, len(view) - 8):
+        raise LoadError(
+            f"{path} is not a safetensors file or is truncated: it announces a header of {header_len} bytes "
+            f"and has {len(view)}."
+        )
+    header = _json_object(bytes(view[8 : 8 + header_len]), f"the header of {path}")
+    data = view[8 + header_len :]
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return {name: _tensor(path, name, entry, data) for name, entry in entries.items()}
+
+
+def read_folder(folder: Path) -> dict[str, FileTensor]:
+    """All tensors of a checkpoint folder: its index and shards, else its only safetensors file."""
+    if (folder / _INDEX).is_file():
+        return _read_shards(folder)
+    if (folder / "model.safetensors").is_file():
+        return read_safetensors(folder / "model.safetensors")
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return read_safetensors(files[0])
+    if files:
+        raise LoadError(f"{folder} has {len(files)} safetensors files but no {_INDEX} that says how they fit together.")
+    others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+    hint = f" It has {others[0]}: convert it to safetensors first." if others else ""
+    raise LoadError(f"{folder} has no *.safetensors files.{hint}")
+
+
+def _read_shards(folder: Path) -> dict[str, FileTensor]:
+    index = _json_object((folder / _INDEX).read_bytes(), str(folder / _INDEX))
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise LoadError(f"{folder / _INDEX} has no weight_map from tensor names to file names.")
+    tensors: dict[str, FileTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise LoadError(f"{folder / _INDEX} names the shard {file!r}, which is not a plain file name.")
+        if not (folder / file).is_file():
+            raise LoadError(f"{folder} lacks the shard {file} that its index names; is the download complete?")
+        for name, tensor in read_safetensors(folder / file).items():
+            if weight_map.get(name) != file:
+                raise LoadError(f"{folder / file} holds {name!r}, which the index does not place there.")
+            tensors[name] = tensor
+    missing = sorted(set(weight_map) - set(tensors))
+    if missing:
+        raise LoadError(f"{folder}: the index names {missing[0]!r}, which {weight_map[missing[0]]} does not hold.")
+    return tensors
+
+
+def _json_object(text: bytes, what: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise LoadError(f"{what} names the same key twice.")
+        return result
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{what} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{what} is not a JSON object.")
+    return value
+
+
+def _tensor(path: Path, name: str, entry: Any, data: memoryview) -> FileTensor:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict):
+        raise LoadError(f"{where} has no description.")
+    dtype, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2 or len(shape) > 8:
+        raise LoadError(f"{where} has a malformed shape or data_offsets.")
+    begin, end = offsets
+    if not begin <= end <= len(data):
+        raise LoadError(f"{where} spans bytes {begin} to {end}, but the file has {len(data)}; is it truncated?")
+    size = _ELEMENT_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if size is None:
+        # Reported only if a weight needs it: buffers such as masks are often stored in other types.
+        return FileTensor(name, str(dtype), tuple(shape), data[begin:end])
+    for extent in shape:
+        size *= extent
+    if size != end - begin:
+        raise LoadError(f"{where} of type {dtype} and shape {shape} takes {size} bytes, but {end - begin} are given.")
+    return FileTensor(name, str(dtype), tuple(shape), data[begin:end])
+
+
+def _sizes(value: Any) -> list[int] | None:
+    return value if isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value) else None

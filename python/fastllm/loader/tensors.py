@@ -1,0 +1,29 @@
+"""Checkpoint tensors as the loaders hand them on: a name, a format, a shape and mapped memory."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastllm.errors import LoadError
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    name: str  # as in the checkpoint
+    type: str  # a SourceType: "F32", "F16", "BF16", "Q4_0", ...
+    shape: tuple[int, ...]  # row-major
+    data: memoryview  # into the mapped file
+    interleaved_head_dim: int = 0  # > 0: rows of each head are stored as rotary pairs
+
+
+def map_file(path: Path) -> memoryview:
+    """The whole file, read-only, mapped; the mapping lives as long as a view of it."""
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size == 0:
+                raise LoadError(f"{path} is empty.")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror}.") from error

@@ -1,0 +1,210 @@
+"""From the core's deltas to the text and tokens of each request. One owner thread: whoever polls the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fastllm.detokenizer import IncrementalDetokenizer
+from fastllm.errors import RequestError
+from fastllm.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
+from fastllm.sampling import RequestOutputKind, SamplingParams
+from fastllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fastllm import _core
+
+
+@dataclass
+class SequenceState:
+    """One sample of a request: what is known, and how much of it a stream has already been given."""
+
+    index: int
+    detokenizer: IncrementalDetokenizer | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] | None = None
+    cumulative_logprob: float = 0.0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    given_tokens: int = 0
+    given_text: int = 0  # characters
+    given_finish: bool = False
+
+    @property
+    def text(self) -> str:
+        return self.detokenizer.text if self.detokenizer else ""
+
+    def output(self, delta: bool) -> CompletionOutput:
+        tokens, text = (self.given_tokens, self.given_text) if delta else (0, 0)
+        result = CompletionOutput(
+            index=self.index,
+            text=self.text[text:],
+            token_ids=self.token_ids[tokens:],
+            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else self.logprobs[tokens:],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+        self.given_tokens, self.given_text = len(self.token_ids), len(self.text)
+        self.given_finish = self.finish_reason is not None
+        return result
+
+    def has_news(self) -> bool:
+        unseen = len(self.token_ids) > self.given_tokens or len(self.text) > self.given_text
+        return unseen or (self.finish_reason is not None and not self.given_finish)
+
+
+class RequestState:
+    """A live request. take() hands out what a caller has not seen, in the form its output kind asks for."""
+
+    def __init__(
+        self,
+        request_id: str,
+        core_id: int,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        kind: RequestOutputKind,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.request_id = request_id
+        self.core_id = core_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.kind = kind
+        self.metrics = RequestMetrics()
+        self.num_cached_tokens = 0
+        self.prompt_logprobs: list[PositionLogprobs | None] | None = None
+        self.error: RequestError | None = None
+        self.sequences = [
+            SequenceState(
+                index,
+                IncrementalDetokenizer(tokenizer, params) if params.detokenize else None,
+                logprobs=None if params.logprobs is None else [],
+            )
+            for index in range(params.n)
+        ]
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or all(s.finish_reason is not None for s in self.sequences)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return sum(len(s.token_ids) for s in self.sequences)
+
+    def take(self) -> RequestOutput | None:
+        """The next output, or None if there is nothing to say yet. Raises the request's error, if it has one."""
+        if self.error is not None:
+            raise self.error
+        if self.kind is RequestOutputKind.FINAL_ONLY:
+            chosen = self.sequences if self.finished else []
+        elif self.kind is RequestOutputKind.DELTA:
+            chosen = [s for s in self.sequences if s.has_news()]
+        else:
+            chosen = self.sequences if any(s.has_news() for s in self.sequences) else []
+        if not chosen:
+            return None
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            prompt_logprobs=self.prompt_logprobs,
+            outputs=[s.output(delta=self.kind is RequestOutputKind.DELTA) for s in chosen],
+            finished=self.finished,
+            num_cached_tokens=self.num_cached_tokens,
+            metrics=self.metrics,
+        )
+
+
+class OutputProcessor:
+    """Applies deltas to the requests they belong to. Deltas of requests it does not know are late and ignored."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._eos = frozenset(eos_token_ids)
+        self.requests: dict[int, RequestState] = {}
+
+    def process(self, deltas: Sequence[_core.TokenDelta]) -> tuple[list[RequestState], list[int]]:
+        """The requests that changed, in order of their first delta, and the core ids to abort.
+
+        A request is to be aborted when stop strings ended all its samples, which only text can tell. Finished ones
+        are forgotten.
+        """
+        changed: dict[int, RequestState] = {}
+        to_abort: list[int] = []
+        for delta in deltas:
+            state = self.requests.get(delta.id)
+            if state is not None:
+                self._apply(state, delta)
+                changed[delta.id] = state
+        for core_id, state in changed.items():
+            if state.finished:
+                del self.requests[core_id]
+                if state.error is not None or any(s.detokenizer and s.detokenizer.stop_reason for s in state.sequences):
+                    to_abort.append(core_id)
+        return list(changed.values()), to_abort
+
+    def _apply(self, state: RequestState, delta: _core.TokenDelta) -> None:
+        metrics = state.metrics
+        (
+            metrics.arrival_time,
+            metrics.first_scheduled_time,
+            metrics.first_token_time,
+            metrics.finished_time,
+        ) = delta.times
+        state.num_cached_tokens = max(state.num_cached_tokens, delta.cached_tokens)
+        if delta.finish == "error":
+            state.error = RequestError(delta.error, kind_of_error(delta.error))
+            return
+        if state.prompt_logprobs is not None and delta.prompt_logprobs:
+            state.prompt_logprobs += [self._position(p) for p in delta.prompt_logprobs]
+        sequence = state.sequences[delta.index]
+        if sequence.finish_reason is None:
+            self._extend(sequence, state.params, delta)
+
+    def _extend(self, sequence: SequenceState, params: SamplingParams, delta: _core.TokenDelta) -> None:
+        tokens, stop_token = list(delta.tokens), delta.stop_token
+        sequence.finish_reason = delta.finish
+        if delta.finish == "stop" and stop_token is not None and stop_token not in self._eos:
+            sequence.stop_reason = stop_token
+        if sequence.detokenizer is not None:
+            hide_last = delta.finish == "stop" and stop_token is not None and not params.include_stop_str_in_output
+            before = sequence.detokenizer.num_tokens
+            sequence.detokenizer.add(tokens[:-1] if hide_last else tokens)
+            if sequence.detokenizer.stop_reason is not None:
+                tokens = tokens[: sequence.detokenizer.num_tokens - before]
+                sequence.finish_reason, sequence.stop_reason = "stop", sequence.detokenizer.stop_reason
+            if sequence.finish_reason is not None:
+                sequence.detokenizer.finish()
+        sequence.token_ids += tokens
+        if sequence.logprobs is not None:
+            for position in delta.logprobs[: len(tokens)]:
+                sequence.cumulative_logprob += position[0][1]
+                sequence.logprobs.append(self._position(position))
+
+    def _position(self, position: _core.PositionLogprobs) -> PositionLogprobs:
+        chosen, alternatives = position
+        return {
+            token: Logprob(logprob, rank, self._tokenizer.token_str(token))
+            for token, logprob, rank in [chosen, *alternatives]
+        }
+
+
+def kind_of_error(message: str) -> str:
+    """Which kind of RequestError the core's sentence is."""
+    for kind, words in _KINDS:
+        if any(word in message for word in words):
+            return kind
+    return "engine"
+
+
+_KINDS = (
+    ("overloaded", ("overload", "too many", "queue is full", "draining", "shut down", "shutting down")),
+    ("timeout", ("deadline", "timed out", "waited longer")),
+    ("invalid", ("must be", "must not", "exceeds", "out of range", "outside", "in use", "does not fit")),
+)

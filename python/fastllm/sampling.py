@@ -1,0 +1,186 @@
+"""How to choose the next token, with the names, defaults and messages users know from vLLM."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastllm import _core
+
+_GREEDY_BELOW = 1e-5  # temperatures under this are greedy
+
+
+class RequestOutputKind(Enum):
+    """What each RequestOutput of a stream holds: everything so far, only what is new, or only the last one."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@dataclass
+class SamplingParams:
+    """Parameters of one request.
+
+    n: samples per prompt, at least 1. temperature: at least 0, 0 is greedy. top_p: (0, 1]. top_k: 0 or -1 is off.
+    min_p: [0, 1]. presence_penalty, frequency_penalty: [-2, 2]. repetition_penalty: above 0. seed: makes a request
+    repeatable. stop: strings that end the text; stop_token_ids: ids that end it. max_tokens: output tokens, None for
+    what the context leaves. min_tokens: output tokens before any stop. logprobs, prompt_logprobs: alternatives per
+    token, None is off. logits_processors: functions of (output_ids, logits) or (prompt_ids, output_ids, logits).
+    truncate_prompt_tokens: keep only the last so many prompt tokens; -1: what the model's limit allows.
+    Raises ValueError naming the field, its value and what is allowed.
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    logits_processors: list[Callable[..., Any]] | None = None
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    logit_bias: dict[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        self.stop_token_ids = list(self.stop_token_ids or [])
+        self.seed = None if self.seed == -1 else self.seed
+        if self.logit_bias is not None:
+            self.logit_bias = {int(token): float(bias) for token, bias in self.logit_bias.items()}
+        # True means "the sampled token only", as in the OpenAI chat API.
+        self.logprobs = 1 if self.logprobs is True else self.logprobs
+        self.prompt_logprobs = 1 if self.prompt_logprobs is True else self.prompt_logprobs
+        self._check_numbers()
+        self._check_stops()
+
+    def _check_numbers(self) -> None:
+        _at_least("n", self.n, 1)
+        if self.best_of not in (None, self.n):
+            raise ValueError(f"best_of is not supported; it must be absent or equal to n={self.n}, got {self.best_of}.")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _within(name, getattr(self, name), -2.0, 2.0)
+        if not _is_number(self.repetition_penalty) or not 0.0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be greater than zero, got {self.repetition_penalty}.")
+        if not _is_number(self.temperature) or not 0.0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be non-negative, got {self.temperature}.")
+        if not _is_number(self.top_p) or not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if not _is_int(self.top_k) or self.top_k < -1:
+            raise ValueError(f"top_k must be 0 (disable), or at least 1, got {self.top_k}.")
+        _within("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None and not (_is_int(self.seed) and -(2**63) <= self.seed < 2**64):
+            raise ValueError(f"seed must be a 64-bit whole number, got {self.seed}.")
+        if self.max_tokens is not None:
+            _at_least("max_tokens", self.max_tokens, 1)
+        _at_least("min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be less than or equal to max_tokens={self.max_tokens}, got {self.min_tokens}."
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 0)
+        if self.truncate_prompt_tokens is not None and (
+            not _is_int(self.truncate_prompt_tokens)
+            or self.truncate_prompt_tokens < -1
+            or self.truncate_prompt_tokens == 0
+        ):
+            raise ValueError(f"truncate_prompt_tokens must be -1 or at least 1, got {self.truncate_prompt_tokens}.")
+        for token, bias in (self.logit_bias or {}).items():
+            if token < 0 or not math.isfinite(bias):
+                raise ValueError(f"logit_bias must map token ids to finite numbers, got {token}: {bias}.")
+
+    def _check_stops(self) -> None:
+        if not all(isinstance(s, str) for s in self.stop or []):
+            raise ValueError(f"stop must be a string or a list of strings, got {self.stop!r}.")
+        if any(not s for s in self.stop or []):
+            raise ValueError("stop cannot contain an empty string.")
+        if not all(_is_int(i) and i >= 0 for i in self.stop_token_ids or []):
+            raise ValueError(f"stop_token_ids must contain token ids (whole numbers >= 0), got {self.stop_token_ids}.")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings are only supported when detokenize is True.")
+
+    def clone(self) -> SamplingParams:
+        return copy.deepcopy(self)
+
+    def check_model(self, *, vocab_size: int, max_logprobs: int) -> None:
+        """Raises ValueError for what only the model can tell: ids outside the vocabulary, too many logprobs."""
+        for name, label in (("logprobs", "sample"), ("prompt_logprobs", "prompt")):
+            wanted = getattr(self, name)
+            if wanted is not None and wanted > max_logprobs:
+                raise ValueError(
+                    f"Requested {label} logprobs of {wanted}, which is greater than max allowed: {max_logprobs}"
+                )
+        outside = sorted(t for t in self.logit_bias or {} if t >= vocab_size)
+        if outside:
+            raise ValueError(
+                f"token_id(s) {outside} in logit_bias contain out-of-vocab token ids. Vocabulary size: {vocab_size}"
+            )
+        outside = [t for t in self.stop_token_ids or [] if t >= vocab_size]
+        if outside:
+            raise ValueError(f"stop_token_ids {outside} are not in the vocabulary of {vocab_size} tokens.")
+
+    def to_core(self, *, max_model_len: int, prompt_len: int) -> _core.SamplingParams:
+        """The core's parameters for a prompt of `prompt_len` tokens in a context of `max_model_len` tokens.
+
+        End-of-sequence tokens are not among them: they belong to the model's spec.
+        """
+        from fastllm import _core
+
+        return _core.SamplingParams(
+            temperature=0.0 if self.temperature < _GREEDY_BELOW else self.temperature,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            top_k=max(self.top_k, 0),
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            n=self.n,
+            seed=None if self.seed is None else self.seed % 2**64,
+            max_tokens=self.max_tokens or max(1, max_model_len - prompt_len),
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            stop_ids=list(self.stop_token_ids or []),
+            logit_bias=list((self.logit_bias or {}).items()),
+            logprobs=-1 if self.logprobs is None else self.logprobs,
+            prompt_logprobs=-1 if self.prompt_logprobs is None else self.prompt_logprobs,
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _at_least(name: str, value: Any, minimum: int) -> None:
+    if not _is_int(value) or value < minimum or value >= 2**31:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+
+
+def _within(name: str, value: Any, low: float, high: float) -> None:
+    if not _is_number(value) or not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
