@@ -1,0 +1,128 @@
+#include "fastllm/engine.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "base/thread_pool.h"
+#include "fastllm/error.h"
+#include "model/bundle.h"
+#include "runtime/engine_loop.h"
+#include "runtime/local_executor.h"
+#include "runtime/null_executor.h"
+
+namespace fastllm {
+namespace {
+
+template <class T>
+void require_at_least(const char* field, T value, T low) {
+  if (value >= low) return;
+  throw InvalidArgument(std::string(field) + " is " + std::to_string(value) + ", but must be at least " +
+                        std::to_string(low) + ".");
+}
+
+// Replaces the zeros that depend on the model and the machine, not on measured memory.
+EngineConfig resolve(EngineConfig config, int model_len) {
+  require_at_least("max_model_len", config.max_model_len, 0);
+  require_at_least("max_num_seqs", config.max_num_seqs, 1);
+  require_at_least("max_step_tokens", config.max_step_tokens, 1);
+  require_at_least("max_chunk", config.max_chunk, 0);
+  require_at_least("block_size", config.block_size, 1);
+  require_at_least("kv_cache_bytes", config.kv_cache_bytes, std::int64_t{0});
+  require_at_least("num_blocks", config.num_blocks, std::int64_t{0});
+  require_at_least("swap_bytes", config.swap_bytes, std::int64_t{0});
+  require_at_least("async_depth", config.async_depth, 1);
+  require_at_least("tensor_parallel_size", config.tensor_parallel_size, 1);
+  require_at_least("cpu_threads", config.cpu_threads, 0);
+  require_at_least("max_logprobs", config.max_logprobs, 0);
+  require_at_least("max_waiting", config.max_waiting, 0);
+  if (config.max_model_len == 0) config.max_model_len = model_len;
+  if (config.max_model_len > model_len) {
+    throw InvalidArgument("max_model_len is " + std::to_string(config.max_model_len) +
+                          ", but the model's positions were made for " + std::to_string(model_len) + " tokens.");
+  }
+  require_at_least("max_model_len", config.max_model_len, 2);
+  if (config.cpu_threads == 0) config.cpu_threads = usable_cores();
+  return config;
+}
+
+// num_blocks before kv_cache_bytes before what the executor measured.
+KvConfig size_kv(const EngineConfig& config, const KvBudget& budget) {
+  constexpr std::int64_t kMaxBlocks = std::numeric_limits<std::int32_t>::max() / 2;
+  KvConfig kv;
+  kv.block_size = config.block_size;
+  kv.prefix_caching = config.prefix_caching;
+  kv.device_blocks = budget.device_blocks;
+  if (config.kv_cache_bytes > 0) kv.device_blocks = config.kv_cache_bytes / budget.bytes_per_block;
+  if (config.num_blocks > 0) kv.device_blocks = std::min(config.num_blocks, kMaxBlocks) + 1;
+  kv.host_blocks = config.swap_bytes / budget.bytes_per_block;
+  if (kv.device_blocks < 2) {
+    throw ResourceError("The KV cache has room for " + std::to_string(kv.device_blocks) + " blocks of " +
+                        std::to_string(budget.bytes_per_block) +
+                        " bytes, but needs at least 2; raise kv_cache_bytes or lower max_model_len.");
+  }
+  return kv;
+}
+
+std::unique_ptr<EngineLoop> start(EngineConfig& config, const ModelSpec& spec, std::unique_ptr<Executor> executor) {
+  const KvConfig kv = size_kv(config, executor->profile());
+  executor->init_kv(kv.device_blocks, kv.host_blocks);
+  config.num_blocks = kv.device_blocks - 1;
+  ModelLimits model{spec.embed.vocab, config.max_model_len, spec.eos};
+  return std::make_unique<EngineLoop>(config, std::move(model), kv, std::move(executor));
+}
+
+}  // namespace
+
+struct Engine::Impl {
+  EngineConfig config;
+  ModelSpec spec;
+  std::unique_ptr<EngineLoop> loop;
+};
+
+std::unique_ptr<Engine> Engine::create(const EngineConfig& config, ModelSource source, LoadProgress progress) {
+  auto impl = std::make_unique<Impl>();
+  check_spec(source.spec);
+  impl->spec = source.spec;
+  impl->config = resolve(config, impl->spec.max_len);
+  auto executor = make_local_executor(impl->config, std::move(source), std::move(progress));
+  impl->loop = start(impl->config, impl->spec, std::move(executor));
+  return std::unique_ptr<Engine>(new Engine(std::move(impl)));
+}
+
+std::unique_ptr<Engine> Engine::open(const EngineConfig& config, const std::string& bundle_dir, LoadProgress progress) {
+  return create(config, read_bundle(bundle_dir), std::move(progress));
+}
+
+std::unique_ptr<Engine> Engine::create_null(const EngineConfig& config, const NullModel& model) {
+  require_at_least("vocab", model.vocab, 1);
+  auto impl = std::make_unique<Impl>();
+  impl->spec.family = "null";
+  impl->spec.embed.vocab = model.vocab;
+  impl->spec.max_len = model.max_len;
+  impl->spec.eos.assign(model.eos.begin(), model.eos.end());
+  impl->config = resolve(config, impl->spec.max_len);
+  NullModel resolved = model;
+  resolved.max_len = impl->config.max_model_len;
+  impl->loop = start(impl->config, impl->spec, make_null_executor(impl->config, resolved));
+  return std::unique_ptr<Engine>(new Engine(std::move(impl)));
+}
+
+Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Engine::~Engine() = default;
+
+void Engine::submit(RequestInput input) { impl_->loop->submit(std::move(input)); }
+void Engine::abort(std::uint64_t id) { impl_->loop->abort(id); }
+bool Engine::poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeout) {
+  return impl_->loop->poll(out, timeout);
+}
+int Engine::event_fd() const { return impl_->loop->event_fd(); }
+EngineStats Engine::stats() const { return impl_->loop->stats(); }
+const EngineConfig& Engine::config() const { return impl_->config; }
+const ModelSpec& Engine::spec() const { return impl_->spec; }
+void Engine::reset_prefix_cache() { impl_->loop->reset_prefix_cache(); }
+bool Engine::drain(std::chrono::milliseconds timeout) { return impl_->loop->drain(timeout); }
+void Engine::shutdown() { impl_->loop->shutdown(); }
+
+}  // namespace fastllm

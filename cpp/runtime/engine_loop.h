@@ -1,0 +1,93 @@
+// The engine thread and the two mailboxes between it and the callers. Knows the scheduler and an Executor, no backend.
+//
+//   callers --inbox--> [ drain inbox | schedule + submit, up to depth() plans | wait for the oldest | apply ]
+//   --outbox-->
+//
+// Public methods are thread-safe. The scheduler, the executor and the ring of steps belong to the engine thread. A
+// fault of the executor ends every request with Error and leaves an engine that refuses new ones; nothing leaves the
+// thread as an exception.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/event_fd.h"
+#include "base/mailbox.h"
+#include "runtime/executor.h"
+#include "sched/scheduler.h"
+
+namespace fastllm {
+
+class EngineLoop {
+ public:
+  // `kv` is what the executor's init_kv() was called with.
+  EngineLoop(const EngineConfig& config, ModelLimits model, const KvConfig& kv, std::unique_ptr<Executor> executor);
+  ~EngineLoop();
+  EngineLoop(const EngineLoop&) = delete;
+  EngineLoop& operator=(const EngineLoop&) = delete;
+
+  void submit(RequestInput input);
+  void abort(std::uint64_t id);
+  bool poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeout) {
+    return outbox_.wait_take_for(out, timeout);
+  }
+  int event_fd() const { return event_.fd(); }
+  EngineStats stats() const;
+  void reset_prefix_cache();
+  bool drain(std::chrono::milliseconds timeout);
+  void shutdown();
+
+ private:
+  struct Command {
+    enum class Kind : std::uint8_t { Submit, Abort, ResetCache, Stop } kind = Kind::Stop;
+    RequestInput input;    // Submit
+    std::uint64_t id = 0;  // Abort
+    TimePoint arrival{};
+  };
+
+  void run();
+  void turn();
+  void obey(std::vector<Command>& commands);
+  bool submit_step();
+  void fill_masks(const Step& step);
+  void finish_step();
+  void fault(const std::string& sentence);
+  void publish();
+
+  const EngineConfig config_;
+  const int vocab_;
+  std::vector<Step> ring_;  // [depth]; outlives the executor, which may still read a plan
+  Scheduler scheduler_;
+  std::unique_ptr<Executor> executor_;
+  std::uint64_t num_submitted_ = 0, num_waited_ = 0;  // plans
+  std::vector<Command> commands_;
+  std::vector<TokenDelta> deltas_;
+  std::vector<std::uint32_t> masks_;  // [masked rows, words]
+  std::string fault_;                 // why the executor is not used any more
+  std::int64_t block_leaks_ = 0;
+  bool stopping_ = false;
+
+  EventFd event_;
+  Mailbox<Command> inbox_;
+  Mailbox<TokenDelta> outbox_;
+
+  mutable std::mutex state_mutex_;  // guards what follows
+  std::condition_variable ended_;
+  EngineStats stats_;
+  TimePoint last_turn_{};
+  bool asleep_ = false;
+  std::string refusal_;                            // why new requests are refused; empty: they are not
+  std::int64_t num_accepted_ = 0, num_ended_ = 0;  // requests handed to the thread, and those it is done with
+
+  std::mutex join_mutex_;
+  std::thread thread_;
+};
+
+}  // namespace fastllm
