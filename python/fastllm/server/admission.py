@@ -1,0 +1,233 @@
+"""Decides whether a request is served, before anything is allocated for it.
+
+The order of refusal: draining, loading, queue full, unknown model, fields we cannot honour, sizes, and after
+tokenising the lengths against the context. Every function is O(size of the request) and has no side effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastllm.server.errors import ApiError, bad_request
+from fastllm.server.limits import Limits
+from fastllm.server.protocol import ChatRequest, CommonRequest, CompletionRequest
+from fastllm.server.state import Phase, ServerState
+
+_INT64_MAX = (1 << 63) - 1
+
+# Field -> why it is refused when it is set to anything but null, false or its neutral value.
+UNSUPPORTED: dict[str, str] = {
+    "use_beam_search": "beam search",
+    "early_stopping": "beam search",
+    "structured_outputs": "structured output",
+    "guided_json": "structured output",
+    "guided_regex": "structured output",
+    "guided_choice": "structured output",
+    "guided_grammar": "structured output",
+    "bad_words": "bad words",
+    "allowed_token_ids": "a list of allowed tokens",
+    "logits_processors": "logits processors over HTTP",
+    "prompt_embeds": "prompt embeddings",
+    "kv_transfer_params": "KV transfer",
+    "suffix": "a suffix (fill in the middle)",
+    "tools": "tool calls",
+    "functions": "tool calls",
+    "function_call": "tool calls",
+    "audio": "audio",
+    "documents": "documents",
+}
+
+
+def check_open(state: ServerState) -> None:
+    """The server takes requests at all."""
+    if state.phase is Phase.DRAINING:
+        raise ApiError(503, "The server is shutting down; send the request elsewhere.", code="draining", retry_after=5)
+    if not state.llm.healthy:
+        raise ApiError(503, "The engine has stopped after a fault.", code="engine_unhealthy", retry_after=10)
+
+
+def check_queue(state: ServerState, sequences: int) -> None:
+    config = state.llm.engine_config
+    limit = config.max_num_seqs + state.limits.waiting_limit(config.max_num_seqs)
+    if state.active_sequences and state.active_sequences + sequences > limit:
+        if state.metrics is not None:
+            state.metrics.rejected("max_num_queued_reqs")
+        raise ApiError(
+            429,
+            f"The server is busy: {state.active_sequences} sequences are running or waiting and the limit is {limit}. "
+            "Try again later.",
+            code="queue_full",
+            retry_after=1,
+        )
+
+
+def check_model(state: ServerState, name: str | None) -> None:
+    if name is None:
+        return
+    names = state.model_names
+    if name in names:
+        return
+    if not name:
+        raise bad_request("model must not be empty.", "model")
+    raise ApiError(
+        404,
+        f"The model `{name[:100]}` does not exist. Valid names: {', '.join(names)}.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def check_fields(request: CommonRequest, limits: Limits) -> None:
+    """Fields that are known and cannot be honoured, and the sizes of the ones that can."""
+    for name, what in UNSUPPORTED.items():
+        value = getattr(request, name, None)
+        if value is not None and value is not False:
+            raise bad_request(f"{name}: this server does not support {what} yet.", name, "unsupported_parameter")
+    if request.length_penalty not in (None, 1.0):
+        raise bad_request("length_penalty: this server does not support beam search yet.", "length_penalty")
+    if request.response_format is not None and request.response_format.type != "text":
+        raise bad_request(
+            f"response_format: the type must be 'text', got {request.response_format.type[:40]!r}; structured output "
+            "is not supported yet.",
+            "response_format",
+            "unsupported_parameter",
+        )
+    if request.stream_options is not None and not request.stream:
+        raise bad_request("stream_options can only be set when stream is true.", "stream_options")
+    _check_sizes(request, limits)
+    if isinstance(request, ChatRequest):
+        _check_chat(request, limits)
+
+
+def _check_sizes(request: CommonRequest, limits: Limits) -> None:
+    n = 1 if request.n is None else request.n
+    if not 1 <= n <= limits.max_n:
+        bound = "at least 1" if n < 1 else f"at most {limits.max_n}"
+        raise bad_request(f"n must be {bound}, got {n}.", "n")
+    if request.best_of is not None and request.best_of != n:
+        raise bad_request(f"best_of must equal n ({n}) or be left out, got {request.best_of}.", "best_of")
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    if len(stops) > limits.max_stop_strings:
+        raise bad_request(f"stop takes at most {limits.max_stop_strings} strings, got {len(stops)}.", "stop")
+    if any(not stop for stop in stops):
+        raise bad_request("stop cannot contain an empty string.", "stop")
+    if any(len(stop.encode()) > limits.max_stop_bytes for stop in stops):
+        raise bad_request(f"A stop string takes at most {limits.max_stop_bytes} bytes.", "stop")
+    _check_length("stop_token_ids", request.stop_token_ids, limits.max_stop_token_ids)
+    _check_length("logit_bias", request.logit_bias, limits.max_logit_bias)
+    for name in ("seed", "priority", "max_tokens", "min_tokens", "top_k", "prompt_logprobs", "truncate_prompt_tokens"):
+        value = getattr(request, name)
+        if value is not None and abs(value) > _INT64_MAX:
+            raise bad_request(f"{name} must fit in 64 bits, got {str(value)[:40]}.", name)
+    if request.priority is not None and not -(1 << 31) <= request.priority < (1 << 31):
+        raise bad_request(f"priority must fit in 32 bits, got {request.priority}.", "priority")
+    if request.cache_salt is not None and not request.cache_salt:
+        raise bad_request("cache_salt must not be empty.", "cache_salt")
+
+
+def _check_length(name: str, value: Sequence[Any] | dict[str, Any] | None, limit: int) -> None:
+    if value is not None and len(value) > limit:
+        raise bad_request(f"{name} takes at most {limit} entries, got {len(value)}.", name)
+
+
+def _check_chat(request: ChatRequest, limits: Limits) -> None:
+    if not request.messages:
+        raise bad_request("messages must contain at least one message.", "messages")
+    _check_length("messages", request.messages, limits.max_messages)
+    if request.tool_choice not in (None, "none", "auto"):
+        raise bad_request("tool_choice: this server does not support tool calls yet.", "tool_choice")
+    if request.modalities not in (None, ["text"]):
+        raise bad_request("modalities: this server only produces text.", "modalities", "unsupported_parameter")
+    if request.chat_template is not None:
+        raise bad_request("chat_template cannot be set by a request.", "chat_template", "not_allowed")
+    if request.echo:
+        raise bad_request("echo is only supported by /v1/completions.", "echo", "unsupported_parameter")
+    if request.top_logprobs is not None and request.top_logprobs and not request.logprobs:
+        raise bad_request("When using top_logprobs, logprobs must be set to true.", "top_logprobs")
+    both = request.max_tokens is not None and request.max_completion_tokens is not None
+    if both and request.max_tokens != request.max_completion_tokens:
+        raise bad_request("max_tokens and max_completion_tokens differ; send one of them.", "max_completion_tokens")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise bad_request(
+            "continue_final_message and add_generation_prompt cannot both be true.", "continue_final_message"
+        )
+
+
+def split_prompts(request: CompletionRequest, limits: Limits) -> list[str | list[int]]:
+    """The prompts of a completions call: one string, one list of token ids, or a list of either."""
+    prompt = request.prompt
+    if prompt is None or prompt == "":
+        raise bad_request("prompt must be given and must not be empty.", "prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = set(map(type, prompt))
+    if not kinds:
+        raise bad_request("prompt must contain at least one prompt.", "prompt")
+    if len(kinds) > 1:
+        raise bad_request("prompt must be strings or token ids, not a mixture.", "prompt")
+    if kinds == {int}:
+        return [prompt]  # type: ignore[list-item]
+    if len(prompt) > limits.max_prompts:
+        raise bad_request(f"prompt takes at most {limits.max_prompts} prompts, got {len(prompt)}.", "prompt")
+    if not all(prompt):
+        raise bad_request("prompt must not contain an empty prompt.", "prompt")
+    return prompt  # type: ignore[return-value]
+
+
+def check_sequences(num_prompts: int, n: int, limits: Limits) -> int:
+    sequences = num_prompts * n
+    if sequences > limits.max_sequences:
+        raise bad_request(
+            f"n * prompts must be at most {limits.max_sequences}, got {n} * {num_prompts} = {sequences}.", "n"
+        )
+    return sequences
+
+
+def check_text_length(state: ServerState, chars: int, param: str) -> None:
+    """Refuses text that cannot fit before it is tokenised."""
+    max_len = state.llm.model_config.max_model_len
+    if chars > state.limits.max_prompt_chars(max_len):
+        raise bad_request(
+            f"This model's maximum context length is {max_len} tokens. However, your prompt has {chars} characters, "
+            "which cannot fit. Please reduce its length.",
+            param,
+            "context_length_exceeded",
+        )
+
+
+def check_tokens(state: ServerState, ids: Sequence[int], param: str) -> None:
+    vocab = state.llm.model_config.vocab_size
+    if not ids:
+        raise bad_request(f"{param} is empty after tokenising.", param)
+    worst = min(ids) if min(ids) < 0 else max(ids)
+    if not 0 <= worst < vocab:
+        raise bad_request(f"Token id {str(worst)[:40]} is out of vocabulary: 0 <= id < {vocab}.", param)
+
+
+def resolve_max_tokens(
+    state: ServerState, num_prompt: int, requested: int | None, default: int | None, param: str
+) -> int:
+    """Output tokens this prompt may get. `default` None means the rest of the context."""
+    max_len = state.llm.model_config.max_model_len
+    if num_prompt >= max_len:
+        raise bad_request(
+            f"This model's maximum context length is {max_len} tokens. However, your prompt contains {num_prompt} "
+            "input tokens, which leaves no room for output. Please reduce the length of the input prompt.",
+            param,
+            "context_length_exceeded",
+        )
+    room = max_len - num_prompt
+    if requested is None:
+        return room if default is None else min(default, room)
+    if requested < 1:
+        raise bad_request(f"max_tokens must be at least 1, got {requested}.", "max_tokens")
+    if requested > room:
+        raise bad_request(
+            f"This model's maximum context length is {max_len} tokens. However, you requested {num_prompt + requested} "
+            f"tokens ({num_prompt} in the prompt, {requested} in the completion). Please reduce the length of the "
+            "prompt or of the completion.",
+            "max_tokens",
+            "context_length_exceeded",
+        )
+    return requested

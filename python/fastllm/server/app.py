@@ -1,0 +1,180 @@
+"""The routes and the life of the server: listen, load, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import ssl
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from fastllm.server import chat, completions, info
+from fastllm.server.middleware import outermost, request_id_of
+from fastllm.server.state import STATE_KEY, ServerState
+
+if TYPE_CHECKING:
+    from fastllm.async_llm import AsyncLLM
+
+logger = logging.getLogger("fastllm.server")
+
+MAX_HEADER_BYTES = 8190  # of one header line
+# After a drain that ran out of time: for cancelled handlers to write their last bytes.
+_CANCEL_GRACE_S = 2.0
+STOPPED_AT_ONCE = 130  # the shell's status of a process that Ctrl-C ended
+
+
+async def _add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.setdefault("X-Request-Id", request_id_of(request))
+    response.headers["Server"] = "fastllm"
+
+
+def create_app(state: ServerState, root_path: str = "") -> web.Application:
+    """Every route of the server, under `root_path` too where one is given."""
+    app = web.Application(middlewares=[outermost], client_max_size=state.limits.max_body_bytes)
+    app[STATE_KEY] = state
+    app.on_response_prepare.append(_add_request_id)
+    for prefix in dict.fromkeys(("", root_path.rstrip("/"))):
+        app.router.add_post(f"{prefix}/v1/completions", completions.handle)
+        app.router.add_post(f"{prefix}/v1/chat/completions", chat.handle)
+        app.router.add_get(f"{prefix}/v1/models", info.models)
+        app.router.add_get(f"{prefix}/v1/models/{{model:.+}}", info.model)
+        app.router.add_post(f"{prefix}/tokenize", info.tokenize)
+        app.router.add_post(f"{prefix}/detokenize", info.detokenize)
+        app.router.add_get(f"{prefix}/live", info.live)
+        app.router.add_get(f"{prefix}/health", info.health)
+        app.router.add_get(f"{prefix}/ready", info.ready)
+        app.router.add_get(f"{prefix}/ping", info.health)
+        app.router.add_post(f"{prefix}/ping", info.health)
+        app.router.add_get(f"{prefix}/metrics", info.metrics)
+        app.router.add_get(f"{prefix}/version", info.version)
+        app.router.add_get(f"{prefix}/stats", info.stats)
+    return app
+
+
+class Server:
+    """One listening socket and one engine. All methods belong to the event loop it was made in."""
+
+    def __init__(self, state: ServerState, load: Callable[[], AsyncLLM], *, root_path: str = "") -> None:
+        self.state = state
+        self._load = load
+        self._runner = web.AppRunner(
+            create_app(state, root_path),
+            handler_cancellation=True,  # a client that goes away aborts its request
+            access_log=None,
+            keepalive_timeout=state.limits.keepalive_timeout_s,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            shutdown_timeout=_CANCEL_GRACE_S,
+        )
+        self._llm: AsyncLLM | None = None
+        self._loader: threading.Thread | None = None
+
+    @property
+    def loading(self) -> bool:
+        return self._loader is not None and self._loader.is_alive()
+
+    async def listen(self, host: str, port: int, ssl_context: ssl.SSLContext | None = None) -> int:
+        """Answers from here on, with 503 until the model is loaded. Returns the port."""
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, host, port, ssl_context=ssl_context, backlog=1024)
+        await site.start()
+        return int(self._runner.addresses[0][1])
+
+    async def load(self) -> AsyncLLM:
+        """Loads on a thread of its own, so that /live answers meanwhile. Raises what the loader raises."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[AsyncLLM] = loop.create_future()
+
+        def deliver(llm: AsyncLLM | None, error: BaseException | None) -> None:
+            if result.cancelled():
+                return
+            if error is not None:
+                result.set_exception(error)
+            elif llm is not None:
+                result.set_result(llm)
+
+        def work() -> None:
+            llm, error = None, None
+            try:
+                llm = self._load()
+            except BaseException as exc:
+                error = exc
+            try:
+                loop.call_soon_threadsafe(deliver, llm, error)
+            except RuntimeError:  # the loop was closed: the server stopped while it loaded
+                if llm is not None:
+                    llm.shutdown()
+
+        # A daemon: a stop during the load must not wait for it.
+        self._loader = threading.Thread(target=work, name="fastllm-load", daemon=True)
+        self._loader.start()
+        self._llm = await result
+        self.state.set_ready(self._llm)
+        return self._llm
+
+    async def stop(self, drain_timeout: float) -> bool:
+        """Refuses new requests, finishes the accepted ones within `drain_timeout` seconds, then closes everything."""
+        self.state.begin_drain()
+        drained = await self.state.wait_idle(drain_timeout)
+        if self._llm is not None:
+            self._llm.shutdown()  # what still runs ends with an error its client can read
+        await self._runner.cleanup()
+        self.state.workers.shutdown(wait=False, cancel_futures=True)
+        return drained
+
+
+async def serve_until_signal(
+    server: Server,
+    *,
+    host: str,
+    port: int,
+    shutdown_timeout: float,
+    ssl_context: ssl.SSLContext | None,
+    on_listening: Callable[[int], None],
+    on_ready: Callable[[AsyncLLM], None],
+) -> int:
+    """Runs the server for its whole life and returns the exit status of the process."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    stop_now = asyncio.Event()
+
+    def on_signal() -> None:
+        (stop_now if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        on_listening(await server.listen(host, port, ssl_context))
+    except OSError as exc:
+        print(f"fastllm: cannot listen on {host}:{port}: {exc.strerror or exc}.", file=sys.stderr)
+        return 1
+    stopping = asyncio.create_task(stop.wait())
+    loading = asyncio.create_task(server.load())
+    await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if loading.done():
+        error = loading.exception()
+        if error is not None:
+            stopping.cancel()
+            await server.stop(0)
+            raise error
+        on_ready(loading.result())
+        await stopping
+    else:
+        loading.cancel()
+    logger.info("stopping: %d requests to finish, at most %g s", server.state.active_requests, shutdown_timeout)
+    draining = asyncio.create_task(server.stop(shutdown_timeout))
+    impatient = asyncio.create_task(stop_now.wait())
+    await asyncio.wait({draining, impatient}, return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        draining.cancel()
+        logger.warning("stopped at once with %d requests unfinished", server.state.active_requests)
+        return STOPPED_AT_ONCE
+    impatient.cancel()
+    if not draining.result():
+        logger.warning("the time to finish requests ran out; the rest was aborted")
+    return 0

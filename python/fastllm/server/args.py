@@ -1,0 +1,112 @@
+"""The command line of the server: EngineArgs' flags and the server's own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import fields
+
+from fastllm.server.limits import Limits
+
+_LIMIT_FLAGS: dict[str, tuple[str, str]] = {
+    # field of Limits -> (metavar, help)
+    "max_waiting": ("N", "sequences that may wait beyond --max-num-seqs; more get 429 (default: 4 x, at least 64)"),
+    "max_body_bytes": ("BYTES", "largest request body; more gets 413"),
+    "max_n": ("N", "largest n of a request"),
+    "max_prompts": ("N", "most prompts in one completions call"),
+    "max_sequences": ("N", "most prompts * n in one call"),
+    "max_stop_strings": ("N", "most stop strings of a request"),
+    "body_timeout_s": ("SECONDS", "time for a client to send its body"),
+    "write_timeout_s": ("SECONDS", "time a client may leave a stream unread before it is dropped"),
+    "keepalive_timeout_s": ("SECONDS", "time an idle connection stays open"),
+}
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the examples as written and shows defaults that mean something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "", argparse.SUPPRESS) or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    network = parser.add_argument_group("network")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
+    network.add_argument("--port", type=_port, default=8000, help="port to listen on; 0 picks a free one")
+    network.add_argument("--root-path", default="", metavar="PATH", help="prefix a proxy puts before every path")
+    network.add_argument("--ssl-keyfile", metavar="FILE", help="TLS key in PEM; needs --ssl-certfile")
+    network.add_argument("--ssl-certfile", metavar="FILE", help="TLS certificate in PEM")
+    api = parser.add_argument_group("API")
+    api.add_argument(
+        "--api-key",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="key that requests must carry; repeatable; FASTLLM_API_KEY adds one without showing it in `ps`",
+    )
+    api.add_argument("--response-role", default="assistant", metavar="ROLE", help="role of chat answers")
+    limits = parser.add_argument_group("limits", "What one request, or all of them together, may ask for.")
+    defaults = {field.name: field.default for field in fields(Limits)}
+    for name, (metavar, text) in _LIMIT_FLAGS.items():
+        kind = float if name.endswith("_s") else int
+        flag = "--" + name.removesuffix("_s").replace("_", "-")
+        limits.add_argument(flag, dest=name, type=kind, default=defaults[name], metavar=metavar, help=text)
+    life = parser.add_argument_group("life and logs")
+    life.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="time for accepted requests to finish after SIGTERM or Ctrl-C",
+    )
+    life.add_argument(
+        "--enable-log-requests",
+        dest="log_requests",
+        action="store_true",
+        default=True,
+        help="one line per request: method, path, status, time, id; never its content (default)",
+    )
+    life.add_argument("--disable-log-requests", dest="log_requests", action="store_false", help="no such line")
+    life.add_argument(
+        "--log-level",
+        "--uvicorn-log-level",
+        dest="log_level",
+        type=str.lower,
+        choices=_LOG_LEVELS,
+        default=os.environ.get("FASTLLM_LOGGING_LEVEL", os.environ.get("VLLM_LOGGING_LEVEL", "info")).lower(),
+        help="least important messages to show",
+    )
+
+
+def make_parser(prog: str, *, positional_model: bool) -> argparse.ArgumentParser:
+    from fastllm.arg_parser import FlexibleArgumentParser
+    from fastllm.engine_args import EngineArgs
+
+    model = "Qwen/Qwen2.5-0.5B-Instruct"
+    example = f"{prog} {model}" if positional_model else f"{prog} --model {model}"
+    parser = FlexibleArgumentParser(
+        prog=prog,
+        formatter_class=_Formatter,
+        description="Serves a model over the OpenAI API.",
+        epilog=f"examples:\n  {example}\n  {example} --port 8080 --max-model-len 4k\n"
+        f"  {prog} {'null' if positional_model else '--model null'}    (no weights: for clients and load tests)",
+    )
+    if positional_model:
+        parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="the same as --model")
+    add_server_flags(parser)
+    EngineArgs.add_cli_args(parser)
+    return parser
+
+
+def limits_from(args: argparse.Namespace) -> Limits:
+    return Limits(**{name: getattr(args, name) for name in _LIMIT_FLAGS})
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, got {text!r}")
+    return int(text)

@@ -1,0 +1,151 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET, UnsetType
+
+from fastllm.outputs import CompletionOutput
+from fastllm.server import admission
+from fastllm.server.body import read_json
+from fastllm.server.completions import wire_id
+from fastllm.server.generation import Job, UsageCounter, accepted, collect, first_then_rest, run
+from fastllm.server.logprobs import chat_logprobs, prompt_logprobs
+from fastllm.server.params import sampling_params
+from fastllm.server.prompts import encode_messages, truncate_ids
+from fastllm.server.protocol import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatLogprobs,
+    ChatRequest,
+    ChatResponse,
+    Delta,
+    Usage,
+)
+from fastllm.server.state import STATE_KEY, ServerState
+from fastllm.server.streaming import EventStream
+
+
+async def handle(request: web.Request) -> web.StreamResponse:
+    state = request.app[STATE_KEY]
+    admission.check_open(state)
+    body = await read_json(request, ChatRequest)
+    admission.check_model(state, body.model)
+    admission.check_fields(body, state.limits)
+    sequences = admission.check_sequences(1, body.n or 1, state.limits)
+    admission.check_open(state)
+    admission.check_queue(state, sequences)
+    with accepted(state, sequences):
+        _, ids = await encode_messages(state, body, bool(body.add_special_tokens))
+        ids = truncate_ids(state, ids, body.truncate_prompt_tokens)
+        admission.check_tokens(state, ids, "messages")
+        job = Job(ids, sampling_params(state, body, len(ids), "messages"))
+        call = _Call(state, body, job, wire_id("chatcmpl", request))
+        if body.stream:
+            return await call.stream(request)
+        return web.Response(body=await call.answer(), content_type="application/json", charset="utf-8")
+
+
+class _Call:
+    """One admitted conversation."""
+
+    def __init__(self, state: ServerState, body: ChatRequest, job: Job, id: str) -> None:
+        self.state = state
+        self.body = body
+        self.job = job
+        self.id = id
+        self.created = int(time.time())
+        self.model = state.model_names[0]
+        self.role = state.response_role
+        self.counter = UsageCounter([job])
+
+    async def answer(self) -> bytes:
+        (output,) = await collect(self.state, [self.job], self.id, self.body)
+        self.counter.add(0, output)
+        choices = [
+            ChatChoice(
+                sample.index,
+                AssistantMessage(self.role, sample.text),
+                self._logprobs(sample),
+                sample.finish_reason,
+                sample.stop_reason,
+                list(sample.token_ids) if self.body.return_token_ids else None,
+            )
+            for sample in output.outputs
+        ]
+        wants_prompt = self.body.prompt_logprobs is not None
+        tokenizer = self.state.llm.tokenizer
+        return msgspec.json.encode(
+            ChatResponse(
+                id=self.id,
+                created=self.created,
+                model=self.model,
+                choices=choices,
+                system_fingerprint=self.state.fingerprint,
+                usage=self.counter.usage(),
+                prompt_logprobs=prompt_logprobs(tokenizer, output.prompt_logprobs) if wants_prompt else None,
+                prompt_token_ids=self.job.prompt_ids if self.body.return_token_ids else None,
+            )
+        )
+
+    def _logprobs(self, sample: CompletionOutput) -> ChatLogprobs | None:
+        if not self.body.logprobs or sample.logprobs is None:
+            return None
+        return chat_logprobs(self.state.llm.tokenizer, sample.token_ids, sample.logprobs, self.body.top_logprobs or 0)
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None | UnsetType) -> ChatChunk:
+        return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        options = self.body.stream_options
+        include_usage = bool(options and options.include_usage)
+        continuous = include_usage and bool(options and options.continuous_usage_stats)
+        events = EventStream(request)
+
+        def usage() -> Usage | None | UnsetType:
+            return self.counter.usage() if continuous else None if include_usage else UNSET
+
+        async with aclosing(run(self.state, [self.job], self.id, self.body)) as updates:
+            rest = await first_then_rest(updates)
+            await events.open()
+            try:
+                for index in range(self.body.n or 1):
+                    chunk = self._chunk([ChatChunkChoice(index, Delta(self.role, ""))], usage())
+                    if self.body.return_token_ids and index == 0:
+                        chunk.prompt_token_ids = self.job.prompt_ids
+                    await events.send(chunk)
+                async for _, output in rest:
+                    self.counter.add(0, output)
+                    for sample in output.outputs:
+                        for choice in self._delta_choices(sample):
+                            await events.send(self._chunk([choice], usage()))
+            except ConnectionError:
+                raise
+            except Exception as exc:
+                return await events.fail(exc)
+        if include_usage:
+            chunk = self._chunk([], self.counter.usage())
+            chunk.system_fingerprint = self.state.fingerprint
+            await events.send(chunk)
+        return await events.done()
+
+    def _delta_choices(self, sample: CompletionOutput) -> list[ChatChunkChoice]:
+        """OpenAI's order: content while there is some, then an empty delta that carries the finish reason."""
+        choices: list[ChatChunkChoice] = []
+        logprobs = self._logprobs(sample) if sample.token_ids else None
+        token_ids = list(sample.token_ids) if self.body.return_token_ids and sample.token_ids else UNSET
+        if sample.text or logprobs is not None or token_ids is not UNSET:
+            choices.append(ChatChunkChoice(sample.index, Delta(content=sample.text), logprobs, token_ids=token_ids))
+        if sample.finish_reason is not None:
+            choices.append(
+                ChatChunkChoice(
+                    sample.index, Delta(), finish_reason=sample.finish_reason, stop_reason=sample.stop_reason
+                )
+            )
+        return choices

@@ -1,0 +1,194 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET
+
+from fastllm.outputs import CompletionOutput, RequestOutput
+from fastllm.server import admission
+from fastllm.server.body import read_json
+from fastllm.server.generation import Job, UsageCounter, accepted, collect, first_then_rest, run
+from fastllm.server.logprobs import completion_logprobs, prompt_logprobs
+from fastllm.server.middleware import request_id_of
+from fastllm.server.params import sampling_params
+from fastllm.server.prompts import encode_prompt, prompt_text
+from fastllm.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse
+from fastllm.server.state import STATE_KEY, ServerState
+from fastllm.server.streaming import EventStream
+
+
+def wire_id(prefix: str, request: web.Request) -> str:
+    """`prefix-` and the client's own request id, or 16 hex digits where it sent none."""
+    own = request_id_of(request)
+    return f"{prefix}-{own if request.headers.get('X-Request-Id') == own else uuid.uuid4().hex[:16]}"
+
+
+async def handle(request: web.Request) -> web.StreamResponse:
+    state = request.app[STATE_KEY]
+    admission.check_open(state)
+    body = await read_json(request, CompletionRequest)
+    admission.check_model(state, body.model)
+    admission.check_fields(body, state.limits)
+    prompts = admission.split_prompts(body, state.limits)
+    sequences = admission.check_sequences(len(prompts), body.n or 1, state.limits)
+    admission.check_open(state)
+    admission.check_queue(state, sequences)
+    with accepted(state, sequences):
+        jobs = [await _job(state, body, prompt) for prompt in prompts]
+        call = _Call(state, body, jobs, wire_id("cmpl", request))
+        if body.stream:
+            return await call.stream(request)
+        return web.Response(body=await call.answer(), content_type="application/json", charset="utf-8")
+
+
+async def _job(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> Job:
+    special = body.add_special_tokens is not False
+    ids = await encode_prompt(state, prompt, special, body.truncate_prompt_tokens)
+    return Job(ids, sampling_params(state, body, len(ids), "prompt"), prompt_text(state, prompt) if body.echo else None)
+
+
+class _Call:
+    """One admitted request and the choices it has produced so far."""
+
+    def __init__(self, state: ServerState, body: CompletionRequest, jobs: list[Job], id: str) -> None:
+        self.state = state
+        self.body = body
+        self.jobs = jobs
+        self.n = body.n or 1
+        self.id = id
+        self.created = int(time.time())
+        self.model = state.model_names[0]
+        self.tokenizer = state.llm.tokenizer
+        self.drop_output = bool(body.echo) and body.max_tokens == 0
+        self.counter = UsageCounter(jobs)
+
+    def _response(self, choices: list[CompletionChoice]) -> CompletionResponse:
+        return CompletionResponse(
+            id=self.id, object="text_completion", created=self.created, model=self.model, choices=choices
+        )
+
+    async def answer(self) -> bytes:
+        outputs = await collect(self.state, self.jobs, self.id, self.body)
+        choices: list[CompletionChoice] = []
+        for number, (job, output) in enumerate(zip(self.jobs, outputs, strict=True)):
+            self._count(number, output)
+            for sample in output.outputs:
+                choices.append(self._final_choice(number, job, output, sample))
+        response = self._response(choices)
+        response.service_tier = None
+        response.system_fingerprint = self.state.fingerprint
+        response.usage = self.counter.usage()
+        return msgspec.json.encode(response)
+
+    def _count(self, number: int, output: RequestOutput) -> None:
+        self.counter.add(number, output)
+        if self.drop_output:
+            self.counter.completion = 0
+
+    def _final_choice(self, number: int, job: Job, output: RequestOutput, sample: CompletionOutput) -> CompletionChoice:
+        text, tokens = ("", []) if self.drop_output else (sample.text, list(sample.token_ids))
+        positions = sample.logprobs or []
+        choice = CompletionChoice(number * self.n + sample.index, text)
+        choice.finish_reason = "length" if self.drop_output else sample.finish_reason
+        choice.stop_reason = None if self.drop_output else sample.stop_reason
+        if self.body.echo:
+            choice.text = (job.text or "") + text
+        if self.body.logprobs is not None:
+            lead = self._prompt_part(job, output) if self.body.echo else None
+            choice.logprobs = self._logprobs(tokens, positions, _end(lead))
+            if lead is not None:
+                _extend(lead, choice.logprobs)
+                choice.logprobs = lead
+        wants_prompt = self.body.prompt_logprobs is not None
+        choice.prompt_logprobs = prompt_logprobs(self.tokenizer, output.prompt_logprobs) if wants_prompt else None
+        if self.body.return_token_ids:
+            choice.token_ids = tokens
+            choice.prompt_token_ids = job.prompt_ids
+        return choice
+
+    def _logprobs(self, tokens: Sequence[int], positions: Sequence[object], offset: int) -> CompletionLogprobs:
+        return completion_logprobs(self.tokenizer, tokens, positions, self.body.logprobs or 0, offset)  # type: ignore[arg-type]
+
+    def _prompt_part(self, job: Job, output: RequestOutput) -> CompletionLogprobs:
+        positions = output.prompt_logprobs or [None] * len(job.prompt_ids)
+        return self._logprobs(job.prompt_ids, positions, 0)
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        options = self.body.stream_options
+        include_usage = bool(options and options.include_usage)
+        continuous = include_usage and bool(options and options.continuous_usage_stats)
+        events = EventStream(request)
+        offsets = [0] * (len(self.jobs) * self.n)  # characters of each choice so far
+        started = [False] * len(offsets)
+        async with aclosing(run(self.state, self.jobs, self.id, self.body)) as updates:
+            rest = await first_then_rest(updates)
+            await events.open()
+            try:
+                async for number, output in rest:
+                    self._count(number, output)
+                    for sample in output.outputs:
+                        choice = self._delta_choice(number, output, sample, offsets, started)
+                        if choice is None:
+                            continue
+                        chunk = self._response([choice])
+                        chunk.usage = self.counter.usage() if continuous else None if include_usage else UNSET
+                        await events.send(chunk)
+            except ConnectionError:
+                raise
+            except Exception as exc:
+                return await events.fail(exc)
+        if include_usage:
+            chunk = self._response([])
+            chunk.usage = self.counter.usage()
+            chunk.system_fingerprint = self.state.fingerprint
+            await events.send(chunk)
+        return await events.done()
+
+    def _delta_choice(
+        self, number: int, output: RequestOutput, sample: CompletionOutput, offsets: list[int], started: list[bool]
+    ) -> CompletionChoice | None:
+        """The choice of one chunk; none while its text is held back and nobody asked for tokens."""
+        index = number * self.n + sample.index
+        text, tokens = ("", []) if self.drop_output else (sample.text, list(sample.token_ids))
+        choice = CompletionChoice(index, text, prompt_logprobs=UNSET)
+        choice.finish_reason = "length" if self.drop_output and sample.finish_reason else sample.finish_reason
+        choice.stop_reason = None if self.drop_output else sample.stop_reason
+        lead: CompletionLogprobs | None = None
+        job = self.jobs[number]
+        if not started[index]:
+            started[index] = True
+            if self.body.echo:
+                choice.text = (job.text or "") + text
+                lead = self._prompt_part(job, output) if self.body.logprobs is not None else None
+                offsets[index] = _end(lead)
+            if self.body.return_token_ids:
+                choice.prompt_token_ids = job.prompt_ids
+        if self.body.logprobs is not None and (tokens or lead):
+            part = self._logprobs(tokens, sample.logprobs or [], offsets[index])
+            offsets[index] = _end(part) if part.tokens else offsets[index]
+            if lead is not None:
+                _extend(lead, part)
+            choice.logprobs = lead or part
+        if self.body.return_token_ids:
+            choice.token_ids = tokens
+        has_tokens = bool(tokens) and (self.body.logprobs is not None or bool(self.body.return_token_ids))
+        return choice if choice.text or choice.finish_reason or has_tokens else None
+
+
+def _end(part: CompletionLogprobs | None) -> int:
+    """Where the text of these tokens ends, in characters."""
+    return part.text_offset[-1] + len(part.tokens[-1]) if part and part.tokens else 0
+
+
+def _extend(first: CompletionLogprobs, second: CompletionLogprobs) -> None:
+    first.text_offset += second.text_offset
+    first.token_logprobs += second.token_logprobs
+    first.tokens += second.tokens
+    first.top_logprobs += second.top_logprobs

@@ -1,0 +1,152 @@
+"""The one shape every error leaves the server in: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+MAX_MESSAGE_CHARS = 500
+
+# HTTP status -> (type, code) where the thrower names neither.
+_KINDS: dict[int, tuple[str, str | None]] = {
+    400: ("invalid_request_error", None),
+    401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "forbidden"),
+    404: ("not_found_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("invalid_request_error", "request_timeout"),
+    413: ("invalid_request_error", "content_too_large"),
+    415: ("invalid_request_error", "unsupported_media_type"),
+    417: ("invalid_request_error", "expectation_failed"),
+    422: ("invalid_request_error", None),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    500: ("server_error", "internal_error"),
+    503: ("overloaded_error", "unavailable"),
+    504: ("overloaded_error", "timeout"),
+}
+
+# fastllm.errors.RequestError.kind -> HTTP status
+ENGINE_ERROR_STATUS = {"invalid": 400, "overloaded": 429, "timeout": 503, "engine": 500}
+
+
+class ErrorBody(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorEnvelope(msgspec.Struct):
+    error: ErrorBody
+
+
+class ApiError(Exception):
+    """A refusal with its HTTP status; `retry_after` is in seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        type: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        kind, default_code = _KINDS.get(status, _KINDS[500] if status >= 500 else _KINDS[400])
+        self.status = status
+        self.retry_after = retry_after
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = message[: MAX_MESSAGE_CHARS - 3] + "..."
+        self.body = ErrorBody(message, type or kind, param, code or default_code)
+
+    def payload(self) -> bytes:
+        return msgspec.json.encode(ErrorEnvelope(self.body))
+
+    def response(self, headers: dict[str, str] | None = None) -> web.Response:
+        headers = dict(headers or ())
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return web.Response(
+            status=self.status, body=self.payload(), content_type="application/json", charset="utf-8", headers=headers
+        )
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+_HTTP_SENTENCES = {
+    404: "There is no {method} {path} here. See /v1/models, /v1/completions, /v1/chat/completions.",
+    405: "{method} is not allowed on {path}.",
+    413: "The request body is larger than this server accepts.",
+    417: "The Expect header is not understood.",
+}
+
+
+def from_http_exception(exc: web.HTTPException, request: web.Request) -> web.Response:
+    sentence = _HTTP_SENTENCES.get(exc.status, exc.reason or "The request failed.")
+    error = ApiError(exc.status, sentence.format(method=request.method[:16], path=request.path[:100]))
+    allow = exc.headers.get("Allow")
+    return error.response({"Allow": allow} if allow else None)
+
+
+def internal_error() -> ApiError:
+    return ApiError(500, "The server failed to answer this request; its log has the details under the request id.")
+
+
+_JSON_NAMES = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "an array",
+    "object": "an object",
+    "null": "null",
+}
+_EXPECTED = re.compile(r"^Expected `(?P<want>[^`]+)`, got `(?P<got>[^`]+)`(?: - at `(?P<path>[^`]+)`)?")
+_AT = re.compile(r" - at `(?P<path>[^`]+)`$")
+
+
+def from_decode_error(exc: Exception) -> ApiError:
+    """A sentence that names the field, from what msgspec says."""
+    text = str(exc)
+    if not isinstance(exc, msgspec.ValidationError):
+        if isinstance(exc, RecursionError):
+            text = "it is nested too deeply"
+        elif isinstance(exc, UnicodeDecodeError):
+            text = "it is not valid UTF-8"
+        return bad_request(f"The request body is not valid JSON: {text}.", code="invalid_json")
+    match = _EXPECTED.match(text)
+    if match:
+        path = (match["path"] or "$")[1:].lstrip(".")
+        want = " or ".join(_JSON_NAMES.get(name, name) for name in match["want"].split(" | "))
+        got = _JSON_NAMES.get(match["got"], match["got"])
+        message = f"{path or 'The request body'} must be {want}, got {got}."
+        return bad_request(message, param=_root(path), code="invalid_type")
+    match = _AT.search(text)
+    path = match["path"][1:].lstrip(".") if match else ""
+    reason = _AT.sub("", text)
+    missing = re.search(r"missing required field `([^`]+)`", text)
+    if missing:
+        name = f"{path}.{missing[1]}" if path else missing[1]
+        return bad_request(f"{name} is required.", param=_root(name), code="missing_required_parameter")
+    return bad_request(f"{path or 'The request body'}: {reason}.", param=_root(path), code="invalid_value")
+
+
+def _root(path: str) -> str | None:
+    return re.split(r"[.\[]", path, maxsplit=1)[0] or None
+
+
+def from_value_error(exc: ValueError, fields: Any) -> ApiError:
+    """SamplingParams raises sentences that begin with the field they are about; `fields` are the request's names."""
+    message = str(exc)
+    words = re.findall(r"\w+", message[:120])
+    param = next((word for word in words if word in fields), None)
+    return bad_request(message, param=param, code="invalid_value")

@@ -1,0 +1,157 @@
+"""Runs the prompts of one call: an accepted request from its first token to its last, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+
+from fastllm.errors import RequestError
+from fastllm.outputs import RequestOutput
+from fastllm.sampling import SamplingParams
+from fastllm.server.errors import ENGINE_ERROR_STATUS, ApiError
+from fastllm.server.protocol import CommonRequest, PromptTokensDetails, Usage
+from fastllm.server.state import Phase, ServerState
+
+# Updates of several prompts that may wait for a slow client; behind them each stream merges its own.
+_MERGE_QUEUE = 16
+_serial = itertools.count()
+
+
+@dataclass
+class Job:
+    """One prompt with its parameters."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    text: str | None = None  # what echo repeats
+
+
+@contextmanager
+def accepted(state: ServerState, sequences: int) -> Iterator[None]:
+    """Counts a request from its admission to its answer, so that a drain waits for it."""
+    state.enter(sequences)
+    try:
+        yield
+    finally:
+        state.leave(sequences)
+
+
+def from_engine_error(state: ServerState, exc: RequestError) -> ApiError:
+    if state.phase is Phase.DRAINING and exc.kind == "engine":
+        return ApiError(503, "The server stopped before this request was finished.", code="draining", retry_after=5)
+    status = ENGINE_ERROR_STATUS.get(exc.kind, 500)
+    retry = 1 if status in (429, 503) else None
+    code = {"overloaded": "queue_full", "timeout": "queue_timeout"}.get(exc.kind)
+    return ApiError(status, str(exc), code=code, retry_after=retry)
+
+
+async def _one(
+    state: ServerState, job: Job, request_id: str, request: CommonRequest
+) -> AsyncGenerator[RequestOutput, None]:
+    finished = False
+    # The engine's id is our own: two clients may send the same X-Request-Id at once.
+    outputs = state.llm.generate(
+        job.prompt_ids,
+        job.params,
+        f"{request_id}-{next(_serial)}",
+        priority=request.priority or 0,
+        cache_salt=request.cache_salt or "",
+    )
+    try:
+        async with aclosing(outputs):
+            async for output in outputs:
+                finished = output.finished
+                yield output
+    except RequestError as exc:
+        finished = True
+        raise from_engine_error(state, exc) from None
+    finally:
+        if not finished and state.metrics is not None:
+            state.metrics.aborted()
+
+
+async def run(
+    state: ServerState, jobs: list[Job], request_id: str, request: CommonRequest
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """(prompt number, update) until every prompt is finished; closing it aborts what still runs."""
+    if len(jobs) == 1:
+        async with aclosing(_one(state, jobs[0], request_id, request)) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(_MERGE_QUEUE)
+
+    async def pump(number: int, job: Job) -> None:
+        try:
+            async with aclosing(_one(state, job, request_id, request)) as outputs:
+                async for output in outputs:
+                    await queue.put((number, output))
+        except Exception as exc:
+            await queue.put((number, exc))
+        else:
+            await queue.put((number, None))
+
+    tasks = [asyncio.create_task(pump(number, job)) for number, job in enumerate(jobs)]
+    try:
+        left = len(tasks)
+        while left:
+            number, item = await queue.get()
+            if item is None:
+                left -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield number, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def collect(state: ServerState, jobs: list[Job], request_id: str, request: CommonRequest) -> list[RequestOutput]:
+    """The final output of every prompt, in their order."""
+    finals: dict[int, RequestOutput] = {}
+    async with aclosing(run(state, jobs, request_id, request)) as updates:
+        async for number, output in updates:
+            if output.finished:
+                finals[number] = output
+    return [finals[number] for number in range(len(jobs))]
+
+
+class UsageCounter:
+    """Token counts of one call, from final outputs or from deltas."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.prompt = sum(len(job.prompt_ids) for job in jobs)
+        self.completion = 0
+        self._cached = [0] * len(jobs)
+
+    def add(self, number: int, output: RequestOutput) -> None:
+        for sample in output.outputs:
+            self.completion += len(sample.token_ids)
+        self._cached[number] = output.num_cached_tokens or 0
+
+    def usage(self) -> Usage:
+        return Usage(
+            self.prompt,
+            self.prompt + self.completion,
+            self.completion,
+            PromptTokensDetails(cached_tokens=sum(self._cached)),
+        )
+
+
+async def first_then_rest(
+    updates: AsyncGenerator[tuple[int, RequestOutput], None],
+) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """Waits for the first update, so that a refusal of the engine is still an HTTP status and not an event."""
+    first = await anext(updates)
+
+    async def chain() -> AsyncIterator[tuple[int, RequestOutput]]:
+        yield first
+        async for item in updates:
+            yield item
+
+    return chain()

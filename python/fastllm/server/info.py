@@ -1,0 +1,141 @@
+"""What the server says about itself: models, health, metrics, version, and text to tokens and back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from fastllm.server import admission
+from fastllm.server.body import read_json
+from fastllm.server.errors import ApiError, bad_request
+from fastllm.server.metrics import CONTENT_TYPE
+from fastllm.server.prompts import encode_messages, encode_text
+from fastllm.server.protocol import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ModelCard,
+    ModelList,
+    ModelPermission,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from fastllm.server.state import STATE_KEY, Phase, ServerState
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(value),
+        status=status,
+        content_type="application/json",
+        charset="utf-8",
+        headers=headers,
+    )
+
+
+def _card(state: ServerState, name: str) -> ModelCard:
+    config = state.llm.model_config
+    permission = ModelPermission(f"modelperm-{uuid.uuid4().hex[:16]}", state.created)
+    return ModelCard(name, state.created, str(config.model), config.max_model_len, [permission])
+
+
+async def models(request: web.Request) -> web.Response:
+    state = request.app[STATE_KEY]
+    return _json(ModelList([_card(state, name) for name in state.model_names]))
+
+
+async def model(request: web.Request) -> web.Response:
+    state = request.app[STATE_KEY]
+    name = request.match_info["model"]
+    admission.check_model(state, name)
+    return _json(_card(state, name))
+
+
+async def live(request: web.Request) -> web.Response:
+    """The process and its event loop turn; says nothing about the engine."""
+    return _json({"status": "alive"})
+
+
+async def health(request: web.Request) -> web.Response:
+    state = request.app[STATE_KEY]
+    if not state.loaded:
+        return _json({"status": "starting"}, 503, {"Retry-After": "5"})
+    if not state.llm.healthy:
+        return _json({"status": "unhealthy"}, 503)
+    return _json({"status": "ok"})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """Takes traffic: loaded, healthy, and not about to stop."""
+    state = request.app[STATE_KEY]
+    if state.phase is not Phase.READY:
+        return _json({"status": state.phase.value}, 503, {"Retry-After": "5"})
+    if not state.llm.healthy:
+        return _json({"status": "unhealthy"}, 503)
+    return _json({"status": "ready"})
+
+
+async def metrics(request: web.Request) -> web.Response:
+    state = request.app[STATE_KEY]
+    if state.metrics is None:
+        raise ApiError(503, "The model is still loading.", code="loading", retry_after=5)
+    return web.Response(body=state.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def version(request: web.Request) -> web.Response:
+    from fastllm import __version__
+
+    return _json({"version": __version__})
+
+
+async def stats(request: web.Request) -> web.Response:
+    state = request.app[STATE_KEY]
+    engine = state.llm.stats()
+    names = [name for name in dir(engine) if not name.startswith("_")]
+    values = {name: getattr(engine, name) for name in names}
+    return _json(
+        {
+            "phase": state.phase.value,
+            "uptime_s": round(time.monotonic() - state.started, 3),
+            "active_requests": state.active_requests,
+            "active_sequences": state.active_sequences,
+            "engine": {name: value for name, value in values.items() if isinstance(value, (int, float, bool))},
+        }
+    )
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    state = request.app[STATE_KEY]
+    admission.check_open(state)
+    body = await read_json(request, TokenizeRequest)
+    admission.check_model(state, body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise bad_request("Send either prompt or messages.", "prompt")
+    if body.messages is not None:
+        if not body.messages:
+            raise bad_request("messages must contain at least one message.", "messages")
+        _, ids = await encode_messages(state, body, bool(body.add_special_tokens))
+    else:
+        ids = await encode_text(state, body.prompt or "", body.add_special_tokens is not False, "prompt")
+    tokenizer = state.llm.tokenizer
+    pieces = [tokenizer.token_str(id) for id in ids] if body.return_token_strs else None
+    return _json(TokenizeResponse(len(ids), state.llm.model_config.max_model_len, ids, pieces))
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    state = request.app[STATE_KEY]
+    admission.check_open(state)
+    body = await read_json(request, DetokenizeRequest)
+    admission.check_model(state, body.model)
+    if body.tokens:
+        admission.check_tokens(state, body.tokens, "tokens")
+    decode = state.llm.tokenizer.decode
+    if len(body.tokens) <= state.limits.inline_tokenize_chars:
+        text = decode(body.tokens, False)
+    else:
+        text = await asyncio.get_running_loop().run_in_executor(state.workers, decode, body.tokens, False)
+    return _json(DetokenizeResponse(text))

@@ -1,0 +1,119 @@
+"""What the handlers share: the engine, the configuration, the phase of the server's life. Event loop only."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from fastllm.server.auth import ApiKeys
+from fastllm.server.errors import ApiError
+from fastllm.server.limits import Limits
+from fastllm.server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from fastllm.async_llm import AsyncLLM
+
+logger = logging.getLogger("fastllm.server")
+
+
+class Phase(enum.Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class ServerState:
+    def __init__(
+        self,
+        *,
+        limits: Limits | None = None,
+        api_keys: Sequence[str] = (),
+        response_role: str = "assistant",
+        log_requests: bool = True,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.keys = ApiKeys(api_keys)
+        self.response_role = response_role
+        self.log_requests = log_requests
+        self.phase = Phase.LOADING
+        self.started = time.monotonic()
+        self.created = int(time.time())
+        self.metrics: Metrics | None = None
+        # Two threads: templates and long prompts never wait for the loop, and never take more than they need of it.
+        self.workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="fastllm-text")
+        self.active_requests = 0  # accepted and not yet answered
+        self.active_sequences = 0  # prompts * n of those
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._llm: AsyncLLM | None = None
+        self._logged_fields: set[str] = set()
+
+    # ---- life
+
+    def set_ready(self, llm: AsyncLLM) -> None:
+        self._llm = llm
+        self.metrics = Metrics(llm)
+        if self.phase is Phase.LOADING:
+            self.phase = Phase.READY
+
+    def begin_drain(self) -> None:
+        self.phase = Phase.DRAINING
+
+    async def wait_idle(self, timeout: float) -> bool:
+        """True when every accepted request was answered within `timeout` seconds."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    @property
+    def llm(self) -> AsyncLLM:
+        if self._llm is None:
+            raise ApiError(503, "The model is still loading.", code="loading", retry_after=5)
+        return self._llm
+
+    @property
+    def loaded(self) -> bool:
+        return self._llm is not None
+
+    @property
+    def model_names(self) -> list[str]:
+        config = self.llm.model_config
+        return list(config.served_model_names)
+
+    @property
+    def fingerprint(self) -> str:
+        from fastllm import __version__
+
+        return f"fastllm-{__version__}"
+
+    # ---- accounting of accepted requests
+
+    def enter(self, sequences: int) -> None:
+        self.active_requests += 1
+        self.active_sequences += sequences
+        self._idle.clear()
+
+    def leave(self, sequences: int) -> None:
+        self.active_requests -= 1
+        self.active_sequences -= sequences
+        if self.active_requests == 0:
+            self._idle.set()
+
+    def log_unknown_fields(self, names: set[str]) -> None:
+        """Each unknown field is named once in the life of the server; the memory for it is bounded."""
+        new = sorted(name[:64] for name in names if name[:64] not in self._logged_fields)
+        if new and len(self._logged_fields) < 256:
+            self._logged_fields.update(new)
+            logger.warning("ignored unknown request fields: %s", ", ".join(map(repr, new[:16])))
+
+
+STATE_KEY: web.AppKey[ServerState] = web.AppKey("state", ServerState)

@@ -1,0 +1,69 @@
+"""Server-sent events: one `data:` line per chunk, an error event after the first byte, [DONE] only at a good end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+from aiohttp import web
+
+from fastllm.server.errors import ApiError, internal_error
+from fastllm.server.middleware import request_id_of
+from fastllm.server.state import STATE_KEY
+
+logger = logging.getLogger("fastllm.server")
+
+_encode = msgspec.json.Encoder().encode
+# A client that reads never has this much waiting; one that does not is given `write_timeout_s`.
+_STALL_BYTES = 64 << 10
+
+
+class EventStream:
+    """Owned by one handler. `open` sends the headers; leaving it without `done` tells the client that it failed."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self._timeout = request.app[STATE_KEY].limits.write_timeout_s
+        self._response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+                "X-Request-Id": request_id_of(request),
+            }
+        )
+
+    async def open(self) -> None:
+        await self._response.prepare(self._request)
+
+    async def send(self, chunk: msgspec.Struct) -> None:
+        await self.send_bytes(_encode(chunk))
+
+    async def send_bytes(self, data: bytes) -> None:
+        event = b"data: " + data + b"\n\n"
+        transport = self._request.transport
+        if transport is None:
+            raise ConnectionResetError("the client is gone")
+        if transport.get_write_buffer_size() < _STALL_BYTES:
+            await self._response.write(event)
+            return
+        try:
+            await asyncio.wait_for(self._response.write(event), self._timeout)
+        except asyncio.TimeoutError:
+            transport.abort()
+            raise ConnectionResetError("the client stopped reading") from None
+
+    async def fail(self, exc: Exception) -> web.StreamResponse:
+        """The error as an event; no [DONE] follows, so no client takes the answer for complete."""
+        if not isinstance(exc, ApiError):
+            logger.error("request %s failed while streaming", request_id_of(self._request), exc_info=exc)
+            exc = internal_error()
+        await self.send_bytes(exc.payload())
+        await self._response.write_eof()
+        return self._response
+
+    async def done(self) -> web.StreamResponse:
+        await self.send_bytes(b"[DONE]")
+        await self._response.write_eof()
+        return self._response
