@@ -1,0 +1,257 @@
+// Every op of the CPU backend at the shapes of two models, against the ceilings of this machine.
+//
+//   fastllm_bench_ops --benchmark_filter=Linear --benchmark_repetitions=9 --benchmark_report_aggregates_only
+//
+// GB/s counts each operand once; "of_read" and "of_peak" are fractions of the measured ceilings. Weights rotate through
+// more memory than the caches hold, as they do in a model.
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "base/thread_pool.h"
+#include "bench_ceilings.h"
+
+namespace fastllm::bench {
+namespace {
+
+struct Model {
+  const char* name;
+  int hidden, inner, heads, kv_heads, head_dim, vocab;
+};
+constexpr Model kModels[] = {{"135M", 576, 1536, 9, 3, 64, 49152}, {"1.1B", 2048, 5632, 32, 4, 64, 32000}};
+
+Backend& backend() {
+  static const auto made = make_cpu_backend(threads());
+  return *made;
+}
+
+struct Operand {
+  std::unique_ptr<Buffer> memory;
+  Tensor tensor;
+};
+
+Operand make(DType dtype, std::int64_t rows, std::int64_t cols) {
+  Operand o;
+  o.memory = backend().allocate(static_cast<std::size_t>(rows * cols) * size_of(dtype), MemoryKind::Device);
+  o.tensor = Tensor(o.memory->data(), dtype, {rows, cols});
+  std::minstd_rand random(1);
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  for (std::int64_t i = 0; i < rows * cols; ++i) {
+    const float v = uniform(random);
+    if (dtype == DType::BF16) {
+      o.tensor.ptr<bf16>()[i] = to_bf16(v);
+    } else {
+      o.tensor.ptr<float>()[i] = v;
+    }
+  }
+  return o;
+}
+
+std::unique_ptr<PackedWeight> make_weight(std::int64_t n, std::int64_t k, DType dtype) {
+  return backend().pack({n, k,
+                         [k](std::int64_t begin, std::int64_t end, float* out) {
+                           for (std::int64_t i = 0; i < (end - begin) * k; ++i)
+                             out[i] = static_cast<float>((begin * 31 + i) % 17 - 8) * 0.01f;
+                         }},
+                        dtype);
+}
+
+void report(benchmark::State& state, double bytes, double flops, DType dtype = DType::F32) {
+  const Ceilings& c = ceilings();
+  const double n = static_cast<double>(state.iterations());
+  using benchmark::Counter;
+  state.counters["GB/s"] = Counter(bytes * n * 1e-9, Counter::kIsRate);
+  state.counters["of_read"] = Counter(bytes * n / c.read_all, Counter::kIsRate);
+  if (flops > 0) {
+    state.counters["GFLOP/s"] = Counter(flops * n * 1e-9, Counter::kIsRate);
+    state.counters["of_peak"] =
+        Counter(flops * n / (dtype == DType::BF16 && c.bf16 > 0 ? c.bf16 : c.fp32), Counter::kIsRate);
+  }
+}
+
+void linear(benchmark::State& state, int m, int n, int k, DType dtype) {
+  const auto first = make_weight(n, k, dtype);
+  // 400 MB of copies: each comes from memory.
+  const std::size_t copies = std::max<std::size_t>(1, (std::size_t{400} << 20) / first->bytes());
+  std::vector<std::unique_ptr<PackedWeight>> weights;
+  for (std::size_t i = 0; i < copies; ++i) weights.push_back(make_weight(n, k, dtype));
+  const Operand x = make(dtype, m, k), out = make(dtype, m, n);
+  std::size_t at = 0;
+  for (auto _ : state) {
+    backend().linear(out.tensor, x.tensor, *weights[at], nullptr, false);
+    at = (at + 1) % weights.size();
+  }
+  const double size = static_cast<double>(size_of(dtype));
+  report(state, (1.0 * n * k + 1.0 * m * (n + k)) * size, 2.0 * m * n * k, dtype);
+}
+
+void attention(benchmark::State& state, const Model& model, int rows, int tokens, int past) {
+  constexpr int kBlock = 16, kLayers = 4;
+  const int blocks = (past + tokens + kBlock - 1) / kBlock;
+  const KvShape shape{DType::BF16, kLayers, model.kv_heads, kBlock, model.head_dim};
+  const Operand pool = make(DType::BF16, static_cast<std::int64_t>(rows) * blocks, shape.block_stride());
+  const int width = (model.heads + 2 * model.kv_heads) * model.head_dim;
+  const Operand qkv = make(DType::BF16, static_cast<std::int64_t>(rows) * tokens, width);
+  const Operand out = make(DType::BF16, static_cast<std::int64_t>(rows) * tokens, model.heads * model.head_dim);
+  std::vector<BlockId> table;
+  for (int b = 0; b < rows * blocks; ++b) table.push_back(BlockId{b});
+  std::vector<AttnRow> list;
+  for (int r = 0; r < rows; ++r) list.push_back({r * tokens, tokens, past, table.data() + r * blocks});
+  const auto plan = backend().plan_attention(list, kBlock);
+  const AttnArgs args{.heads = model.heads,
+                      .kv_heads = model.kv_heads,
+                      .head_dim = model.head_dim,
+                      .scale = 0.125f,
+                      .softcap = 0,
+                      .window = 0,
+                      .alibi_slopes = {}};
+  int layer = 0;
+  for (auto _ : state) {
+    backend().attention(out.tensor, qkv.tensor, layer_view(pool.memory->data(), shape, layer), *plan, args);
+    layer = (layer + 1) % kLayers;
+  }
+  const double pairs = 1.0 * rows * tokens * (past + (tokens + 1) / 2.0);
+  const double bytes = 4.0 * rows * (past + tokens) * model.kv_heads * model.head_dim;
+  report(state, bytes, 4.0 * pairs * model.heads * model.head_dim);
+}
+
+void rope_kv(benchmark::State& state, const Model& model, int tokens) {
+  constexpr int kBlock = 16;
+  const KvShape shape{DType::BF16, 1, model.kv_heads, kBlock, model.head_dim};
+  const int blocks = (tokens + kBlock - 1) / kBlock;
+  const Operand pool = make(DType::BF16, blocks, shape.block_stride());
+  const int width = (model.heads + 2 * model.kv_heads) * model.head_dim;
+  const Operand qkv = make(DType::BF16, tokens, width), cos_sin = make(DType::F32, tokens, model.head_dim);
+  std::vector<BlockId> table;
+  for (int b = 0; b < blocks; ++b) table.push_back(BlockId{b});
+  const AttnRow row{0, tokens, 0, table.data()};
+  const KvView kv = layer_view(pool.memory->data(), shape, 0);
+  for (auto _ : state) {
+    backend().qk_norm_rope_write_kv(qkv.tensor, model.heads, {}, nullptr, {}, nullptr,
+                                    {cos_sin.tensor.ptr<float>(), model.head_dim, RopeStyle::Half}, kv, {&row, 1});
+  }
+  report(state, 2.0 * tokens * width * 2 + 4.0 * tokens * model.kv_heads * model.head_dim, 0);
+}
+
+void add_norm(benchmark::State& state, const Model& model, int m) {
+  const Operand x = make(DType::F32, m, model.hidden), delta = make(DType::F32, m, model.hidden);
+  const Operand out = make(DType::BF16, m, model.hidden), weight = make(DType::F32, 1, model.hidden);
+  const NormSpec spec{NormKind::Rms, 1e-5f, false};
+  for (auto _ : state) {
+    backend().add_norm(out.tensor, x.tensor, delta.tensor, spec, weight.tensor.ptr<float>(), nullptr);
+  }
+  report(state, 14.0 * m * model.hidden, 0);
+}
+
+void gated_act(benchmark::State& state, const Model& model, int m) {
+  const Operand gate_up = make(DType::BF16, m, 2 * model.inner), out = make(DType::BF16, m, model.inner);
+  for (auto _ : state) backend().gated_act(out.tensor, gate_up.tensor, Activation::Silu);
+  report(state, 6.0 * m * model.inner, 0);
+}
+
+void sample(benchmark::State& state, const Model& model, int rows, float temperature, float top_p, int top_k) {
+  const Operand logits = make(DType::F32, rows, model.vocab);
+  for (std::int64_t i = 0; i < logits.tensor.numel(); ++i) logits.tensor.ptr<float>()[i] *= 8;
+  std::vector<SampleRow> list(static_cast<std::size_t>(rows));
+  std::vector<TokenId> out(list.size());
+  for (SampleRow& row : list) {
+    row.temperature = temperature;
+    row.top_p = top_p;
+    row.top_k = top_k;
+  }
+  for (auto _ : state) {
+    for (SampleRow& row : list) ++row.position;
+    backend().sample(logits.tensor, list, out);
+  }
+  report(state, 4.0 * rows * model.vocab, 0);
+}
+
+void logprobs(benchmark::State& state, const Model& model, int rows) {
+  const Operand logits = make(DType::F32, rows, model.vocab);
+  std::vector<LogprobRequest> list;
+  for (int r = 0; r < rows; ++r) list.push_back({r, r, 5});
+  std::vector<LogprobResult> out(list.size());
+  for (auto _ : state) backend().topk_logprobs(logits.tensor, list, out);
+  report(state, 4.0 * rows * model.vocab, 0);
+}
+
+void embed(benchmark::State& state, const Model& model, int m) {
+  const auto table = make_weight(model.vocab, model.hidden, DType::BF16);
+  const Operand out = make(DType::F32, m, model.hidden);
+  std::vector<TokenId> ids;
+  for (int i = 0; i < m; ++i) ids.push_back(i * 7919 % model.vocab);
+  for (auto _ : state) backend().embed(out.tensor, ids, *table, 0, 1.0f);
+  report(state, 6.0 * m * model.hidden, 0);
+}
+
+void barrier(benchmark::State& state) {
+  ThreadPool pool(threads());
+  for (auto _ : state) pool.run([](int) {});
+}
+
+template <class... Args>
+void add(const std::string& name, Args... args) {
+  benchmark::RegisterBenchmark(name.c_str(), args...)->UseRealTime()->Unit(benchmark::kMicrosecond);
+}
+
+}  // namespace
+
+void register_ops() {
+  add("Barrier", barrier);
+  for (const Model& model : kModels) {
+    const std::string tail = std::string("/") + model.name;
+    const int qkv = (model.heads + 2 * model.kv_heads) * model.head_dim, attn = model.heads * model.head_dim;
+    const struct {
+      const char* name;
+      int n, k;
+    } weights[] = {{"qkv", qkv, model.hidden},
+                   {"out", model.hidden, attn},
+                   {"gate_up", 2 * model.inner, model.hidden},
+                   {"down", model.hidden, model.inner},
+                   {"head", model.vocab, model.hidden}};
+    for (const int m : {1, 4, 16, 512}) {
+      const std::string rows = "/M:" + std::to_string(m);
+      for (const auto& w : weights) {
+        if (m == 512 && w.n == model.vocab) continue;
+        add(std::string("Linear/bf16/") + w.name + tail + rows, linear, m, w.n, w.k, DType::BF16);
+      }
+      add("Linear/fp32/gate_up" + tail + rows, linear, m, 2 * model.inner, model.hidden, DType::F32);
+      add("AddNorm" + tail + rows, add_norm, model, m);
+      add("GatedAct" + tail + rows, gated_act, model, m);
+      add("RopeKv" + tail + rows, rope_kv, model, m);
+      add("Embed" + tail + rows, embed, model, m);
+    }
+    add("Attention/prefill" + tail + "/512", attention, model, 1, 512, 0);
+    add("Attention/prefill" + tail + "/2048", attention, model, 1, 2048, 0);
+    for (const int past : {200, 2000}) {
+      for (const int rows : {1, 4, 16}) {
+        add("Attention/decode" + tail + "/rows:" + std::to_string(rows) + "/past:" + std::to_string(past), attention,
+            model, rows, 1, past);
+      }
+    }
+    for (const int rows : {1, 16}) {
+      const std::string count = "/rows:" + std::to_string(rows);
+      add("Sample/greedy" + tail + count, sample, model, rows, 0.0f, 1.0f, 0);
+      add("Sample/temperature" + tail + count, sample, model, rows, 1.0f, 1.0f, 0);
+      add("Sample/top_p" + tail + count, sample, model, rows, 0.8f, 0.95f, 50);
+      add("Logprobs" + tail + count, logprobs, model, rows);
+    }
+  }
+}
+
+}  // namespace fastllm::bench
+
+int main(int argc, char** argv) {
+  fastllm::bench::register_ops();
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+  return 0;
+}

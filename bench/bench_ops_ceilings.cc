@@ -1,0 +1,164 @@
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "backend/cpu/isa.h"
+#include "backend/cpu/memory.h"
+#include "base/thread_pool.h"
+#include "bench_ceilings.h"
+
+namespace fastllm::bench {
+namespace {
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Best rate of `work` units over a few runs of f on every thread of the pool.
+template <class F>
+double best_rate(ThreadPool& pool, double work, F&& f) {
+  double best = 0;
+  for (int i = 0; i < 8; ++i) {
+    const double start = now();
+    pool.run([&](int t) { f(t); });
+    best = std::max(best, work / (now() - start));
+  }
+  return best;
+}
+
+double read_rate(ThreadPool& pool) {
+  constexpr std::size_t kBytes = std::size_t{256} << 20;
+  const cpu::Pages pages(kBytes);
+  std::memset(pages.data(), 1, kBytes);
+  const auto* lines = static_cast<const std::uint64_t*>(pages.data());
+  const std::size_t n = kBytes / 64, each = n / static_cast<std::size_t>(pool.size());
+  return best_rate(pool, static_cast<double>(kBytes), [&](int t) {
+    std::uint64_t sum = 0;
+    const std::size_t begin = each * static_cast<std::size_t>(t);
+    for (std::size_t i = begin; i < begin + each; ++i) {
+      __builtin_prefetch(lines + (i + 128) * 8);
+      sum += lines[i * 8];
+    }
+    benchmark::DoNotOptimize(sum);
+  });
+}
+
+constexpr int kRounds = 200000;
+
+#if defined(__x86_64__)
+// The instructions are spelled out, so this file needs no instruction-set flags.
+void fma_512(int) {
+  for (int i = 0; i < kRounds; ++i) {
+    __asm__ volatile(
+        "vfmadd231ps %%zmm0,%%zmm0,%%zmm1\n vfmadd231ps %%zmm0,%%zmm0,%%zmm2\n vfmadd231ps %%zmm0,%%zmm0,%%zmm3\n"
+        "vfmadd231ps %%zmm0,%%zmm0,%%zmm4\n vfmadd231ps %%zmm0,%%zmm0,%%zmm5\n vfmadd231ps %%zmm0,%%zmm0,%%zmm6\n"
+        "vfmadd231ps %%zmm0,%%zmm0,%%zmm7\n vfmadd231ps %%zmm0,%%zmm0,%%zmm8\n vfmadd231ps %%zmm0,%%zmm0,%%zmm9\n"
+        "vfmadd231ps %%zmm0,%%zmm0,%%zmm10\n"
+        "vfmadd231ps %%zmm0,%%zmm0,%%zmm11\n"
+        "vfmadd231ps %%zmm0,%%zmm0,%%zmm12" ::
+            : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+              "xmm12");
+  }
+}
+void fma_256(int) {
+  for (int i = 0; i < kRounds; ++i) {
+    __asm__ volatile(
+        "vfmadd231ps %%ymm0,%%ymm0,%%ymm1\n vfmadd231ps %%ymm0,%%ymm0,%%ymm2\n vfmadd231ps %%ymm0,%%ymm0,%%ymm3\n"
+        "vfmadd231ps %%ymm0,%%ymm0,%%ymm4\n vfmadd231ps %%ymm0,%%ymm0,%%ymm5\n vfmadd231ps %%ymm0,%%ymm0,%%ymm6\n"
+        "vfmadd231ps %%ymm0,%%ymm0,%%ymm7\n vfmadd231ps %%ymm0,%%ymm0,%%ymm8\n vfmadd231ps %%ymm0,%%ymm0,%%ymm9\n"
+        "vfmadd231ps %%ymm0,%%ymm0,%%ymm10\n"
+        "vfmadd231ps %%ymm0,%%ymm0,%%ymm11\n"
+        "vfmadd231ps %%ymm0,%%ymm0,%%ymm12" ::
+            : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+              "xmm12");
+  }
+}
+
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+template <class F>
+void with_tiles(F&& f) {
+  const TileConfig c;
+  __asm__ volatile("ldtilecfg %0" ::"m"(c) : "memory");
+  for (int i = 0; i < kRounds / 8; ++i) f();
+  __asm__ volatile("tilerelease" ::: "memory");
+}
+void tiles_bf16(int) {
+  with_tiles([] {
+    __asm__ volatile(
+        "tdpbf16ps %tmm7,%tmm6,%tmm0\n tdpbf16ps %tmm7,%tmm6,%tmm1\n"
+        "tdpbf16ps %tmm7,%tmm6,%tmm2\n tdpbf16ps %tmm7,%tmm6,%tmm3");
+  });
+}
+void tiles_int8(int) {
+  with_tiles([] {
+    __asm__ volatile(
+        "tdpbssd %tmm7,%tmm6,%tmm0\n tdpbssd %tmm7,%tmm6,%tmm1\n"
+        "tdpbssd %tmm7,%tmm6,%tmm2\n tdpbssd %tmm7,%tmm6,%tmm3");
+  });
+}
+#endif
+
+void fma_plain(int) {
+  float x[16] = {};
+  for (int i = 0; i < kRounds; ++i) {
+    for (float& v : x) v = v * 0.5f + 1.0f;
+    benchmark::DoNotOptimize(x);
+  }
+}
+
+Ceilings measure() {
+  Ceilings c;
+  const auto isas = cpu::available_isas();
+  const auto has = [&](const char* name) { return std::find(isas.begin(), isas.end(), name) != isas.end(); };
+  const bool amx = has("amx");  // asks for the permission before the pool starts its threads
+  ThreadPool one(1), all(threads());
+  const double n = all.size();
+  c.read_one = read_rate(one);
+  c.read_all = read_rate(all);
+#if defined(__x86_64__)
+  if (has("avx512")) {
+    c.fp32 = best_rate(all, n * kRounds * 12 * 32, fma_512);
+  } else if (has("avx2")) {
+    c.fp32 = best_rate(all, n * kRounds * 12 * 16, fma_256);
+  }
+  if (amx) {
+    constexpr double kBf16 = 16 * 16 * 32 * 2, kInt8 = 2 * kBf16;  // operations of one tile product
+    c.bf16 = best_rate(all, n * (kRounds / 8) * 4 * kBf16, tiles_bf16);
+    c.int8 = best_rate(all, n * (kRounds / 8) * 4 * kInt8, tiles_int8);
+  }
+#endif
+  if (c.fp32 == 0) c.fp32 = best_rate(all, n * kRounds * 32, fma_plain);
+  return c;
+}
+
+void BM_Ceilings(benchmark::State& state) {
+  for (auto _ : state) benchmark::DoNotOptimize(ceilings());
+  const Ceilings& c = ceilings();
+  state.counters["read_1t_GB/s"] = c.read_one * 1e-9;
+  state.counters["read_GB/s"] = c.read_all * 1e-9;
+  state.counters["fp32_GFLOP/s"] = c.fp32 * 1e-9;
+  state.counters["bf16_GFLOP/s"] = c.bf16 * 1e-9;
+  state.counters["int8_GOP/s"] = c.int8 * 1e-9;
+}
+BENCHMARK(BM_Ceilings)->Iterations(1)->Name("Ceilings");
+
+}  // namespace
+
+const Ceilings& ceilings() {
+  static const Ceilings measured = measure();
+  return measured;
+}
+
+int threads() {
+  const char* env = std::getenv("FASTLLM_BENCH_THREADS");
+  return env ? std::max(1, std::atoi(env)) : usable_cores();
+}
+
+}  // namespace fastllm::bench
