@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "fastllm/export.h"
 #include "fastllm/types.h"
 #include "fastllm/weights.h"
 
@@ -22,7 +23,7 @@ struct NullModel {
   std::int64_t step_us = 0;  // simulated time of a step
 };
 
-class Engine {
+class FASTLLM_API Engine {
  public:
   // Loads the model and starts the engine thread. Throws fastllm::Error (std::runtime_error) with a sentence.
   static std::unique_ptr<Engine> create(const EngineConfig& config, ModelSource source, LoadProgress progress = {});

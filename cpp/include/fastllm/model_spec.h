@@ -12,6 +12,8 @@
 #include <string_view>
 #include <vector>
 
+#include "fastllm/export.h"
+
 namespace fastllm {
 
 enum class NormKind : std::uint8_t { None, Rms, Layer };
@@ -100,8 +102,8 @@ struct ModelSpec {
 };
 
 // Throws fastllm::Error naming the field, its value and what is allowed.
-ModelSpec spec_from_json(std::string_view json);
-std::string spec_to_json(const ModelSpec& spec);
-void check_spec(const ModelSpec& spec);
+FASTLLM_API ModelSpec spec_from_json(std::string_view json);
+FASTLLM_API std::string spec_to_json(const ModelSpec& spec);
+FASTLLM_API void check_spec(const ModelSpec& spec);
 
 }  // namespace fastllm

@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <span>
 
+#include "fastllm/export.h"
+
 namespace fastllm {
 
 // Structured output. Called on the engine thread while the device computes the logits.
-class TokenMask {
+class FASTLLM_API TokenMask {
  public:
   virtual ~TokenMask() = default;
   // Writes one bit per vocabulary id, 1 = allowed; `bits` has ceil(vocab / 32) words, bit i of word w is id 32 w + i.
@@ -19,7 +21,7 @@ class TokenMask {
 
 // A caller's own change to the logits, the reference hook for custom sampling. Called on the thread of rank 0 before
 // every other step of sampling; may block, which stalls the whole step. An exception fails this request only.
-class LogitsProcessor {
+class FASTLLM_API LogitsProcessor {
  public:
   virtual ~LogitsProcessor() = default;
   // `tokens`: prompt then output so far; `logits`: [vocab] fp32, changed in place.
