@@ -19,6 +19,15 @@ Decoder::Decoder(const ModelSpec& spec, const DecoderConfig& config, Backend& ba
   if (e.learned_positions > 0 && std::int64_t{config_.max_len} + e.position_offset > e.learned_positions)
     throw InvalidArgument("max_model_len " + std::to_string(config_.max_len) + " exceeds the " +
                           std::to_string(e.learned_positions - e.position_offset) + " learned positions of the model");
+  // Without a norm in front, the fp32 residual itself is the input of a linear.
+  auto bare = [](const LayerSpec& l) {
+    return l.pre_attn.kind == NormKind::None || (!l.parallel && l.pre_ffn.kind == NormKind::None);
+  };
+  if (config_.dtype != DType::F32 &&
+      (spec_.head.final_norm.kind == NormKind::None || std::any_of(spec_.kinds.begin(), spec_.kinds.end(), bare)))
+    throw InvalidArgument(
+        std::string("dtype ") + name_of(config_.dtype) +
+        " needs a norm before every branch and the head, which this model does not have; use float32");
   const AttnSpec& a = spec_.kinds[0].attn;
   kv_shape_ = {config_.dtype, spec_.num_layers(), head_range(a, comm_.rank(), comm_.size()).kv_heads,
                config_.block_size, a.head_dim};
@@ -155,13 +164,22 @@ Tensor Decoder::feed_forward(int layer, const Tensor& in) {
 
 Tensor Decoder::norm_residual(const Scratch& out, const NormSpec& spec, const NormWeights& w) {
   const Tensor y = out.view(num_tokens_, spec_.embed.hidden), x = residual_.view(num_tokens_, spec_.embed.hidden);
-  if (pending_ != nullptr) {
+  if (pending_ != nullptr && spec.kind != NormKind::None) {
     backend_.add_norm(y, x, pending_->view(num_tokens_, spec_.embed.hidden), spec, w.weight.get(), w.bias.get());
-    pending_ = nullptr;
   } else {
-    backend_.norm(y, x, spec, w.weight.get(), w.bias.get());
+    if (pending_ != nullptr) backend_.add(x, pending_->view(num_tokens_, spec_.embed.hidden));
+    norm_or_copy(y, x, spec, w);
   }
+  pending_ = nullptr;
   return y;
+}
+
+void Decoder::norm_or_copy(const Tensor& out, const Tensor& x, const NormSpec& spec, const NormWeights& w) {
+  if (spec.kind != NormKind::None) {
+    backend_.norm(out, x, spec, w.weight.get(), w.bias.get());
+  } else {
+    backend_.copy(out.data, x.data, x.bytes());
+  }
 }
 
 void Decoder::project(const Tensor& in, const LinearWeights& w, const NormSpec& post) {
@@ -192,7 +210,7 @@ Tensor Decoder::logits(std::span<const std::int32_t> tokens) {
   const std::int64_t part_vocab = vocab_per_rank(vocab, comm_.size());
   const Tensor x = last_.view(rows, hidden), y = last_hidden_.view(rows, hidden);
   backend_.gather_rows(x, residual_.view(num_tokens_, hidden), tokens);
-  backend_.norm(y, x, head.final_norm, weights_.final_norm.weight.get(), weights_.final_norm.bias.get());
+  norm_or_copy(y, x, head.final_norm, weights_.final_norm);
 
   const PackedWeight& w = head.tied ? *weights_.tokens : *weights_.head.weight;
   const Tensor all = logits_.view(rows, part_vocab * comm_.size());

@@ -65,6 +65,7 @@ class Decoder {
   Tensor feed_forward(int layer, const Tensor& in);
   // Adds what is pending to the residual and normalises it.
   Tensor norm_residual(const Scratch& out, const NormSpec& spec, const NormWeights& w);
+  void norm_or_copy(const Tensor& out, const Tensor& x, const NormSpec& spec, const NormWeights& w);
   // Adds in w^T to the branch under way; end_branch() makes its sum over ranks, normed, the pending one.
   void project(const Tensor& in, const LinearWeights& w, const NormSpec& post);
   void end_branch(const NormSpec& post, const NormWeights& w);

@@ -2,8 +2,10 @@
 // get the same plan by pointer and run plans in order.
 #pragma once
 
+#include <functional>
 #include <memory>
 
+#include "backend/backend.h"
 #include "fastllm/types.h"
 #include "fastllm/weights.h"
 #include "runtime/executor.h"
@@ -13,5 +15,10 @@ namespace fastllm {
 // Loads and packs the weights on every rank. `config` is complete: no zeros are left to choose but num_blocks and
 // kv_cache_bytes. Throws fastllm::Error.
 std::unique_ptr<Executor> make_local_executor(const EngineConfig& config, ModelSource source, LoadProgress progress);
+
+// The same on backends of the caller's making, one per rank, called on the rank's thread.
+using BackendFactory = std::function<std::unique_ptr<Backend>(int rank)>;
+std::unique_ptr<Executor> make_local_executor(const EngineConfig& config, ModelSource source, LoadProgress progress,
+                                              BackendFactory backends);
 
 }  // namespace fastllm
