@@ -141,8 +141,9 @@ class AsyncLLM:
                 output = state.take()
                 if output is not None:
                     yield output
-                if state.finished:
-                    return
+                    # Not state.finished: while the consumer was busy, more may have come than this output holds.
+                    if output.finished:
+                        return
         finally:
             self._streams.pop(state.core_id, None)
             self._client.forget(state)

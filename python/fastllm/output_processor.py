@@ -204,7 +204,7 @@ def kind_of_error(message: str) -> str:
 
 
 _KINDS = (
-    ("overloaded", ("overload", "too many", "queue is full", "draining", "shut down", "shutting down")),
-    ("timeout", ("deadline", "timed out", "waited longer")),
-    ("invalid", ("must be", "must not", "exceeds", "out of range", "outside", "in use", "does not fit")),
+    ("timeout", ("deadline passed",)),
+    ("overloaded", ("is full", "draining", "shut down")),
+    ("invalid", (", but ", "in use")),
 )

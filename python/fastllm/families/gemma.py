@@ -65,10 +65,9 @@ def _gemma_like(
 
 
 def _activation(config: HfConfig) -> str:
-    # Early Gemma configs say hidden_act "gelu" although the models were trained with the tanh form.
-    if config.get("hidden_activation") is None:
-        return "gelu_tanh"
-    return config.activation("hidden_activation", "gelu_pytorch_tanh")
+    # Early Gemma configs say "gelu" although the models were trained with the tanh form.
+    key = "hidden_activation" if config.get("hidden_activation") is not None else "hidden_act"
+    return "gelu_tanh" if config.get(key) == "gelu" else config.activation(key, "gelu_pytorch_tanh")
 
 
 def _gemma(config: HfConfig) -> ModelSpec:

@@ -42,7 +42,9 @@ def bind_weights(family: Family, spec: ModelSpec, tensors: Mapping[str, FileTens
         missing += absent
         if not absent:
             used.update(names)
-            bindings.append(Binding(canonical, tuple(tensors[n] for n in names), rule.transform, rule.add_one))
+            is_vector = suffix == "bias" and rule.transform == "transpose"
+            transform = "copy" if is_vector else rule.transform
+            bindings.append(Binding(canonical, tuple(tensors[n] for n in names), transform, rule.add_one))
     if missing:
         raise LoadError(f"{where} lacks {len(missing)} of the tensors that the model needs: {_some(missing)}.")
     unexpected = [name for name in tensors if name not in used and not _ignorable(family, spec, name)]

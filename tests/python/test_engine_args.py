@@ -1,0 +1,60 @@
+"""EngineArgs: what vLLM users type is understood, and wrong values are refused."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+from fastllm import EngineArgs
+from fastllm.arg_parser import FlexibleArgumentParser, parse_size
+
+
+def parse(*arguments: str) -> EngineArgs:
+    return EngineArgs.from_cli_args(EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(arguments))
+
+
+def test_defaults_of_command_line_and_class_agree() -> None:
+    assert parse() == EngineArgs()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        (["--max_model_len", "4k"], "max_model_len", 4000),
+        (["--max-model-len=4K"], "max_model_len", 4096),
+        (["--max-model-len", "-1"], "max_model_len", None),
+        (["--max-model-len", "auto"], "max_model_len", None),
+        (["--kv-cache-memory-bytes", "2G"], "kv_cache_memory_bytes", 2**31),
+        (["-tp", "2"], "tensor_parallel_size", 2),
+        (["--enable-prefix-caching"], "enable_prefix_caching", True),
+        (["--no-enable-prefix-caching"], "enable_prefix_caching", False),
+        (["--disable-prefix-caching"], "enable_prefix_caching", False),
+        (["--no-async-scheduling"], "async_scheduling", False),
+        (["--served-model-name", "a", "b"], "served_model_name", ["a", "b"]),
+        (["--hf-overrides", '{"rope_theta": 1e6}'], "hf_overrides", {"rope_theta": 1e6}),
+    ],
+)
+def test_flag_is_understood(arguments: list[str], field: str, value: object) -> None:
+    assert getattr(parse(*arguments), field) == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of auto, float32"),
+        ({"scheduling_policy": "lottery"}, "scheduling_policy must be one of fcfs, priority, got 'lottery'"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size must be 1"),
+        ({"quantization": "awq"}, "quantization='awq' is not supported"),
+        ({"device": "tpu"}, "device must be auto, cpu or cuda"),
+    ],
+)
+def test_wrong_value_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineArgs(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "k", "4q", "1.5", "1.0001k", "--"])
+def test_malformed_size_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_size(text)
