@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from fastllm.server import chat, completions, info
-from fastllm.server.middleware import outermost, request_id_of
+from fastllm.server.middleware import current_request_id, outermost
 from fastllm.server.state import STATE_KEY, ServerState
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ STOPPED_AT_ONCE = 130  # the shell's status of a process that Ctrl-C ended
 
 
 async def _add_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.setdefault("X-Request-Id", request_id_of(request))
+    response.headers.setdefault("X-Request-Id", current_request_id())
     response.headers["Server"] = "fastllm"
 
 

@@ -16,7 +16,7 @@ from fastllm.server import admission
 from fastllm.server.body import read_json
 from fastllm.server.generation import Job, UsageCounter, accepted, collect, first_then_rest, run
 from fastllm.server.logprobs import completion_logprobs, prompt_logprobs
-from fastllm.server.middleware import request_id_of
+from fastllm.server.middleware import current_request_id
 from fastllm.server.params import sampling_params
 from fastllm.server.prompts import encode_prompt, prompt_text
 from fastllm.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse
@@ -26,7 +26,7 @@ from fastllm.server.streaming import EventStream
 
 def wire_id(prefix: str, request: web.Request) -> str:
     """`prefix-` and the client's own request id, or 16 hex digits where it sent none."""
-    own = request_id_of(request)
+    own = current_request_id()
     return f"{prefix}-{own if request.headers.get('X-Request-Id') == own else uuid.uuid4().hex[:16]}"
 
 

@@ -47,7 +47,10 @@ def completion_logprobs(
             result.top_logprobs.append(None)
             continue
         result.token_logprobs.append(_finite(entry.logprob))
-        best = {_token_text(tokenizer, id, e): _finite(e.logprob) for id, e in _best(position, top)}
+        # Tokens that are parts of one character may share a text; the likeliest of them keeps it.
+        best: dict[str, float] = {}
+        for id, other in _best(position, top):
+            best.setdefault(_token_text(tokenizer, id, other), _finite(other.logprob))
         best.setdefault(text, _finite(entry.logprob))
         result.top_logprobs.append(best)
     return result

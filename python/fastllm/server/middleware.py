@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 
 from aiohttp import web
 
@@ -16,7 +17,8 @@ from fastllm.server.state import STATE_KEY
 access_log = logging.getLogger("fastllm.access")
 logger = logging.getLogger("fastllm.server")
 
-REQUEST_ID_KEY = "request_id"
+# Set by the outermost middleware for the task that answers the request.
+_request_id: ContextVar[str] = ContextVar("request_id")
 _VALID_ID = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
 # Asked every second by probes and scrapers: not worth a line each.
 _QUIET_PATHS = frozenset({"/live", "/health", "/ready", "/ping", "/metrics"})
@@ -24,21 +26,22 @@ _QUIET_PATHS = frozenset({"/live", "/health", "/ready", "/ping", "/metrics"})
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def request_id_of(request: web.Request) -> str:
-    """The client's X-Request-Id where it is harmless, else a fresh one. Always the same for one request."""
-    known = request.get(REQUEST_ID_KEY)
-    if isinstance(known, str):
-        return known
+def current_request_id() -> str:
+    """The id of the request this task answers."""
+    return _request_id.get()
+
+
+def _choose_id(request: web.Request) -> str:
+    """The client's X-Request-Id where it is harmless, else a fresh one."""
     given = request.headers.get("X-Request-Id", "")
-    chosen = given if _VALID_ID.match(given) else uuid.uuid4().hex
-    request[REQUEST_ID_KEY] = chosen
-    return chosen
+    return given if _VALID_ID.match(given) else uuid.uuid4().hex
 
 
 @web.middleware
 async def outermost(request: web.Request, handler: Handler) -> web.StreamResponse:
     state = request.app[STATE_KEY]
-    request_id = request_id_of(request)
+    request_id = _choose_id(request)
+    _request_id.set(request_id)
     start = time.monotonic()
     status = 499  # the client went away before there was an answer
     try:

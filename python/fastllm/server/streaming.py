@@ -8,8 +8,9 @@ import logging
 import msgspec
 from aiohttp import web
 
+from fastllm.server.body import timeout
 from fastllm.server.errors import ApiError, internal_error
-from fastllm.server.middleware import request_id_of
+from fastllm.server.middleware import current_request_id
 from fastllm.server.state import STATE_KEY
 
 logger = logging.getLogger("fastllm.server")
@@ -30,7 +31,7 @@ class EventStream:
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-cache",
                 "X-Accel-Buffering": "no",
-                "X-Request-Id": request_id_of(request),
+                "X-Request-Id": current_request_id(),
             }
         )
 
@@ -49,7 +50,8 @@ class EventStream:
             await self._response.write(event)
             return
         try:
-            await asyncio.wait_for(self._response.write(event), self._timeout)
+            async with timeout(self._timeout):
+                await self._response.write(event)
         except asyncio.TimeoutError:
             transport.abort()
             raise ConnectionResetError("the client stopped reading") from None
@@ -57,7 +59,7 @@ class EventStream:
     async def fail(self, exc: Exception) -> web.StreamResponse:
         """The error as an event; no [DONE] follows, so no client takes the answer for complete."""
         if not isinstance(exc, ApiError):
-            logger.error("request %s failed while streaming", request_id_of(self._request), exc_info=exc)
+            logger.error("request %s failed while streaming", current_request_id(), exc_info=exc)
             exc = internal_error()
         await self.send_bytes(exc.payload())
         await self._response.write_eof()
