@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from fastllm.async_llm import AsyncLLMEngine as AsyncLLMEngine
     from fastllm.engine_args import AsyncEngineArgs as AsyncEngineArgs
     from fastllm.engine_args import EngineArgs as EngineArgs
-    from fastllm.export import export as export
     from fastllm.llm import LLM as LLM
     from fastllm.llm_engine import LLMEngine as LLMEngine
     from fastllm.outputs import CompletionOutput as CompletionOutput
@@ -32,7 +31,6 @@ _MODULES = {
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "TokensPrompt": "outputs",
-    "export": "export",
     "__version__": "_core",
 }
 __all__ = list(_MODULES)  # noqa: PLE0604

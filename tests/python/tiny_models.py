@@ -52,7 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         _COMMON | {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3Config", _COMMON | {"head_dim": 32}),
-    "gemma": ("GemmaConfig", _GEMMA),
+    "gemma": ("GemmaConfig", _COMMON | {"head_dim": 32}),
     "gemma2": ("Gemma2Config", _GEMMA),
     "gemma3": ("Gemma3TextConfig", _GEMMA | {"sliding_window_pattern": 2}),
     "gpt2": (

@@ -177,8 +177,9 @@ def rope(config: HfConfig, head_dim: int, *, theta: float = 10000.0, partial: fl
 
 def _rope_scaling(params: HfConfig, config: HfConfig) -> RopeScaling:
     kind = params.get("rope_type", params.get("type", "default"))
-    kind = {"su": "longrope"}.get(kind, kind) if isinstance(kind, str) else kind
-    if kind not in _ROPE_KEYS:
+    if kind == "su":  # longrope's first name
+        kind = "longrope"
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise LoadError(f"{config.where}: the rope type {kind!r} is not supported; use one of {sorted(_ROPE_KEYS)}.")
     common = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     unknown = sorted(k for k, v in params.values.items() if v is not None and k not in common | _ROPE_KEYS[kind])
