@@ -88,8 +88,7 @@ void Scheduler::abort_all(TimePoint now) {
 }
 
 void Scheduler::fail_all(const std::string& sentence, TimePoint now) {
-  while (!live_.empty()) end_request(*live_.begin()->second, FinishReason::Error, sentence, now);
-  dying_.clear();
+  while (!live_.empty()) fail(*live_.begin()->second->seqs[0], sentence, now);
   swap_outs_.clear();
   steps_in_flight_ = 0;
 }

@@ -81,7 +81,7 @@ bool Scheduler::admit(Sequence& seq, Step& step, TimePoint now) {
     kv_.swap_in(seq.kv, plan.swap_in);
     --num_swapped_;
   } else {
-    seq.num_computed = attach_kv(seq, plan);
+    seq.num_computed = attach_kv(seq);
     const std::int64_t needed = kv_.blocks_needed(seq.kv, seq.num_computed, seq.to_compute());
     if (!admits(needed, kv_.num_free(), watermark_, running_.size())) {
       kv_.release(seq.kv);
@@ -124,11 +124,11 @@ bool Scheduler::admit(Sequence& seq, Step& step, TimePoint now) {
 }
 
 // Gives the empty table what others computed already and returns the positions covered. Copies run before the rows of
-// a plan, so a fork waits for the plan after the one that completed the prompt.
-std::int32_t Scheduler::attach_kv(Sequence& seq, const StepPlan& plan) {
+// a plan, so a fork waits for the plan after the one that completes the
+// prompt: rows are emitted, and prompt_submitted set, after admission.
+std::int32_t Scheduler::attach_kv(Sequence& seq) {
   const Sequence& first = *seq.req->seqs[0];
-  if (seq.index > 0 && seq.num_output() == 0 && first.state == SeqState::Running && first.prompt_plan != 0 &&
-      first.prompt_plan < plan.id) {
+  if (seq.index > 0 && seq.num_output() == 0 && first.state == SeqState::Running && first.prompt_submitted) {
     kv_.fork(first.kv, seq.kv, seq.num_prompt);
     return seq.num_prompt - 1;
   }
@@ -155,7 +155,7 @@ void Scheduler::preempt(Sequence& seq) {
   } else {
     kv_.release(seq.kv);
     seq.num_computed = 0;
-    seq.prompt_plan = 0;
+    seq.prompt_submitted = false;
     seq.state = seq.inflight > 0 ? SeqState::Draining : SeqState::Waiting;
   }
   if (seq.inflight == 0) enqueue(seq);
@@ -209,8 +209,8 @@ void Scheduler::emit_row(Sequence& seq, std::int32_t num_tokens, Step& step) {
     }
     if (request.logits_processor) plan.host_tokens.push_back({row_index, seq.tokens});
   }
-  if (end >= seq.num_prompt && seq.prompt_plan == 0) {
-    seq.prompt_plan = plan.id;
+  if (end >= seq.num_prompt && !seq.prompt_submitted) {
+    seq.prompt_submitted = true;
     if (!request.forked) {
       request.forked = true;
       for (std::size_t i = 1; i < request.seqs.size(); ++i) enqueue(*request.seqs[i]);

@@ -48,7 +48,8 @@ class Scheduler {
   void add(RequestInput input, TimePoint arrival);
   void abort(std::uint64_t id, TimePoint now);
   void abort_all(TimePoint now);
-  // Ends every request with this sentence and expects no more results: for a fault of the executor.
+  // Ends every request with this sentence and expects no more results: for a fault of the executor. What the steps in
+  // flight may still read stays until the scheduler's end.
   void fail_all(const std::string& sentence, TimePoint now);
 
   // Fills the step; false if nothing can run before a result arrives.
@@ -100,7 +101,7 @@ class Scheduler {
   bool plan_running(Step& step);
   void plan_waiting(Step& step, TimePoint now);
   bool admit(Sequence& seq, Step& step, TimePoint now);
-  std::int32_t attach_kv(Sequence& seq, const StepPlan& plan);
+  std::int32_t attach_kv(Sequence& seq);
   bool can_plan(const Sequence& seq) const;
   void preempt(Sequence& seq);
   void add_planned(Sequence& seq, std::int32_t num_tokens, bool was_running);

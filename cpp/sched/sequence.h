@@ -37,13 +37,13 @@ struct Sequence {
   bool queued = false;  // stands in the waiting line
   OrderKey order;
   std::uint64_t seed = 0;
-  std::vector<TokenId> tokens;               // prompt + every id the host has seen
-  std::int32_t num_prompt = 0;               // tokens
-  std::int32_t num_computed = 0;             // positions
-  std::int32_t num_pending = 0;              // tokens
-  std::int32_t inflight = 0;                 // steps submitted, result not applied
-  std::uint64_t prompt_plan = 0;             // the plan that completed the prompt's KV since admission; 0: none yet
-  std::int32_t prompt_logprobs_planned = 0;  // leading prompt positions whose next token was planned to be scored
+  std::vector<TokenId> tokens;                    // prompt + every id the host has seen
+  std::int32_t num_prompt = 0;                    // tokens
+  std::int32_t num_computed = 0;                  // positions
+  std::int32_t num_pending = 0;                   // tokens
+  std::int32_t inflight = 0;                      // steps submitted, result not applied
+  bool prompt_submitted = false;                  // the KV of the whole prompt is covered by submitted steps
+  std::int32_t prompt_logprobs_planned = 0;       // leading prompt positions whose next token was planned to be scored
   std::vector<PositionLogprobs> prompt_logprobs;  // read back, not yet delivered
   SlotId slot = kNoSlot;
   BlockTable kv;
