@@ -128,6 +128,10 @@ void rope_kv(benchmark::State& state, const Model& model, int tokens) {
   const Operand pool = make(DType::BF16, blocks, shape.block_stride());
   const int width = (model.heads + 2 * model.kv_heads) * model.head_dim;
   const Operand qkv = make(DType::BF16, tokens, width), cos_sin = make(DType::F32, tokens, model.head_dim);
+  // Rotations in place must not shrink the values to denormals.
+  for (std::int64_t i = 0; i < cos_sin.tensor.numel(); ++i) {
+    cos_sin.tensor.ptr<float>()[i] = i % model.head_dim < model.head_dim / 2 ? 0.6f : 0.8f;
+  }
   std::vector<BlockId> table;
   for (int b = 0; b < blocks; ++b) table.push_back(BlockId{b});
   const AttnRow row{0, tokens, 0, table.data()};
@@ -157,7 +161,9 @@ void gated_act(benchmark::State& state, const Model& model, int m) {
 
 void sample(benchmark::State& state, const Model& model, int rows, float temperature, float top_p, int top_k) {
   const Operand logits = make(DType::F32, rows, model.vocab);
-  for (std::int64_t i = 0; i < logits.tensor.numel(); ++i) logits.tensor.ptr<float>()[i] *= 8;
+  std::minstd_rand random(2);
+  std::normal_distribution<float> like_a_model(0.0f, 2.5f);
+  for (std::int64_t i = 0; i < logits.tensor.numel(); ++i) logits.tensor.ptr<float>()[i] = like_a_model(random);
   std::vector<SampleRow> list(static_cast<std::size_t>(rows));
   std::vector<TokenId> out(list.size());
   for (SampleRow& row : list) {

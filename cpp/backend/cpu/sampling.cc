@@ -1,8 +1,8 @@
 // Sampling on the CPU: each row of logits is one item of work on one thread, so a row's token never depends on another.
 //
-// Top-k and top-p need no sort of the vocabulary. One pass counts tokens and probability mass in buckets of 1/64 nat
-// below the maximum; the cut falls into one bucket, whose few members alone are sorted. What remains is a threshold
-// (floor, last_id) which the Gumbel-max kernel applies while it draws.
+// Top-k and top-p need no sort of the vocabulary: only tokens within a few nats of the greatest are collected and
+// sorted, further ones when those do not reach k, or p of the mass. What remains is a threshold (floor, last_id) which
+// the Gumbel-max kernel applies while it draws.
 #include <algorithm>
 #include <array>
 #include <cassert>
@@ -41,99 +41,61 @@ void process_row(std::span<float> x, const SampleRow& row) {
 struct Cut {
   float floor = kLowest;
   std::int64_t last_id = kAllIds;
-  bool keeps(float x, std::int64_t id) const { return x > floor || (x == floor && id <= last_id); }
 };
 
-// The histogram of one row. Buckets hold equal steps below the maximum; the last one holds all the rest.
-class Histogram {
- public:
-  Histogram(std::span<const float> x, float max, float inv_temperature, const Cut& cut)
-      : x_(x), max_(max), scale_(inv_temperature), cut_(cut) {
+// Applies min_p, then top_k (what equals the k-th stays), then top_p: the fewest greatest whose mass reaches p of what
+// is kept, equal logits counting in order of their ids.
+Cut filter(const Kernels& k, std::span<const float> x, const SampleRow& row, float max) {
+  Cut cut;
+  if (row.min_p > 0.0f) cut.floor = max + std::log(row.min_p) * row.temperature;
+  const auto n = static_cast<std::int64_t>(x.size());
+  const bool by_k = row.top_k > 0 && row.top_k < n, by_p = row.top_p < 1.0f;
+  if (!by_k && !by_p) return cut;
+
+  const float inv_temperature = 1.0f / row.temperature;
+  const auto mass = [&](float v) { return std::exp(static_cast<double>((v - max) * inv_temperature)); };
+  // What top_p is a share of, when neither min_p nor top_k removes any of it.
+  const bool of_all = !by_k && row.min_p <= 0.0f;
+  double total = of_all ? k.sum_exp(x.data(), n, max, inv_temperature) : 0.0;
+  const auto enough = [&](const std::vector<std::pair<float, std::int64_t>>& near) {
+    if (by_k) return static_cast<std::int64_t>(near.size()) >= row.top_k;
+    double reached = 0.0;
+    for (const auto& entry : near) reached += mass(entry.first);
+    return reached >= static_cast<double>(row.top_p) * total;
+  };
+  std::vector<std::pair<float, std::int64_t>> near;
+  for (float nats = by_k || of_all ? 4.0f : 1e9f;; nats *= 2.0f) {
+    const float reach = max - nats * row.temperature;
+    const bool last = nats > 1000.0f || reach <= cut.floor;
+    const float from = last ? std::max(cut.floor, std::numeric_limits<float>::lowest()) : reach;
+    near.clear();
     for (std::size_t i = 0; i < x.size(); ++i) {
-      if (!cut_.keeps(x[i], static_cast<std::int64_t>(i)) || x[i] == kLowest) continue;
-      const std::size_t b = bucket(x[i]);
-      ++count_[b];
-      mass_[b] += weight(x[i]);
+      if (x[i] >= from) near.emplace_back(x[i], static_cast<std::int64_t>(i));
     }
+    if (last || enough(near)) break;
   }
-
-  // The k greatest, and what equals the last of them.
-  Cut top_k(std::int64_t k) {
-    std::int64_t before = 0;
-    for (std::size_t b = 0; b < kBuckets; ++b) {
-      if (before + count_[b] < k) {
-        before += count_[b];
-        continue;
-      }
-      const auto members = sorted(b);
-      const float floor = members[static_cast<std::size_t>(k - before - 1)].first;
-      count_[b] = 0;
-      mass_[b] = 0.0;
-      for (const auto& [value, id] : members) {
-        if (value < floor) break;
-        ++count_[b];
-        mass_[b] += weight(value);
-      }
-      std::fill(count_.begin() + static_cast<std::ptrdiff_t>(b) + 1, count_.end(), 0);
-      std::fill(mass_.begin() + static_cast<std::ptrdiff_t>(b) + 1, mass_.end(), 0.0);
-      cut_ = {floor, kAllIds};
-      break;
-    }
-    return cut_;
+  const auto greater = [](const auto& a, const auto& b) {  // ties by lower id
+    return a.first != b.first ? a.first > b.first : a.second < b.second;
+  };
+  if (by_k && static_cast<std::int64_t>(near.size()) > row.top_k) {
+    const auto kth = near.begin() + row.top_k - 1;
+    std::nth_element(near.begin(), kth, near.end(), greater);
+    cut = {kth->first, kAllIds};
+    std::erase_if(near, [&](const auto& entry) { return entry.first < cut.floor; });
   }
-
-  // The fewest greatest whose mass reaches p of what is kept; equal logits count in order of their ids.
-  Cut top_p(double p) {
-    double total = 0.0;
-    for (const double m : mass_) total += m;
-    const double target = p * total;
-    double before = 0.0;
-    for (std::size_t b = 0; b < kBuckets; ++b) {
-      if (count_[b] == 0) continue;
-      if (before + mass_[b] < target) {
-        before += mass_[b];
-        continue;
-      }
-      for (const auto& [value, id] : sorted(b)) {
-        before += weight(value);
-        cut_ = {value, id};
-        if (before >= target) break;
-      }
-      break;
-    }
-    return cut_;
+  if (!by_p) return cut;
+  if (!of_all) {
+    for (const auto& entry : near) total += mass(entry.first);
   }
-
- private:
-  static constexpr std::size_t kBuckets = 2048;
-  static constexpr float kPerNat = 64.0f;
-
-  std::size_t bucket(float x) const {
-    const float at = (max_ - x) * scale_ * kPerNat;
-    return at < static_cast<float>(kBuckets - 1) ? static_cast<std::size_t>(at) : kBuckets - 1;
+  std::sort(near.begin(), near.end(), greater);
+  double before = 0.0;
+  for (const auto& [value, id] : near) {
+    cut = {value, id};
+    before += mass(value);
+    if (before >= static_cast<double>(row.top_p) * total) break;
   }
-  double weight(float x) const { return static_cast<double>(std::exp((x - max_) * scale_)); }
-
-  // Members of a bucket, greatest first, ties by lower id.
-  std::vector<std::pair<float, std::int64_t>> sorted(std::size_t b) const {
-    std::vector<std::pair<float, std::int64_t>> members;
-    for (std::size_t i = 0; i < x_.size(); ++i) {
-      if (x_[i] != kLowest && cut_.keeps(x_[i], static_cast<std::int64_t>(i)) && bucket(x_[i]) == b) {
-        members.emplace_back(x_[i], static_cast<std::int64_t>(i));
-      }
-    }
-    std::sort(members.begin(), members.end(), [](const auto& a, const auto& c) {
-      return a.first != c.first ? a.first > c.first : a.second < c.second;
-    });
-    return members;
-  }
-
-  std::span<const float> x_;
-  float max_, scale_;
-  Cut cut_;
-  std::array<std::int64_t, kBuckets> count_{};
-  std::array<double, kBuckets> mass_{};
-};
+  return cut;
+}
 
 std::int64_t draw(const Kernels& k, std::span<const float> x, const SampleRow& row) {
   const auto n = static_cast<std::int64_t>(x.size());
@@ -141,14 +103,7 @@ std::int64_t draw(const Kernels& k, std::span<const float> x, const SampleRow& r
   const float inv_temperature = 1.0f / row.temperature;
   const float max = k.row_max(x.data(), n);
   if (!std::isfinite(max)) return k.argmax(x.data(), n);
-  Cut cut;
-  if (row.min_p > 0.0f) cut.floor = max + std::log(row.min_p) * row.temperature;
-  const bool by_k = row.top_k > 0 && row.top_k < n;
-  if (by_k || row.top_p < 1.0f) {
-    Histogram histogram(x, max, inv_temperature, cut);
-    if (by_k) cut = histogram.top_k(row.top_k);
-    if (row.top_p < 1.0f) cut = histogram.top_p(static_cast<double>(row.top_p));
-  }
+  const Cut cut = filter(k, x, row, max);
   const std::int64_t id = k.gumbel_argmax({.logits = x.data(),
                                            .n = n,
                                            .inv_temperature = inv_temperature,

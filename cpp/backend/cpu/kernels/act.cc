@@ -11,13 +11,13 @@ namespace fastllm::cpu {
 namespace {
 
 struct Silu {
-  static vf of(vf x) { return x / (1.0f + exp(-x)); }
+  static vf of(vf x) { return x * reciprocal(1.0f + exp(min(-x, set1(85.0f)))); }
 };
 struct Gelu {
   // erfc(z) = t p(t) e^-z^2, t = 1 / (1 + 0.3275911 z), z >= 0: Abramowitz and Stegun 7.1.26, 1.5e-7
   static vf of(vf x) {
     const vf z = max(x, -x) * 0.70710678f;
-    const vf t = 1.0f / (1.0f + 0.3275911f * z);
+    const vf t = reciprocal(1.0f + 0.3275911f * z);
     vf p = set1(1.061405429f);
     p = fma(p, t, set1(-1.453152027f));
     p = fma(p, t, set1(1.421413741f));
@@ -28,7 +28,10 @@ struct Gelu {
   }
 };
 struct GeluTanh {
-  static vf of(vf x) { return x / (1.0f + exp(-1.59576912f * fma(x * x * x, set1(0.044715f), x))); }
+  static vf of(vf x) {
+    const vf twice_u = 1.59576912f * fma(x * x * x, set1(0.044715f), x);
+    return x * reciprocal(1.0f + exp(min(-twice_u, set1(85.0f))));
+  }
 };
 struct Relu {
   static vf of(vf x) { return x > 0.0f ? x : vf{}; }

@@ -9,42 +9,12 @@
 // threads, so neither does a bit of the result. A tile is widened to fp32 once, keys transposed, for all heads of the
 // group and all query tokens. Cost: 4 head_dim operations per query, head and position; 2 head_dim size_of(kv) bytes
 // per position. Benchmark: --benchmark_filter=Attention
-#include "backend/cpu/kernels/fill.h"
+#include "backend/cpu/kernels/attention.h"
+
 #include "backend/cpu/kernels/micro.h"
 
 namespace fastllm::cpu {
 namespace {
-
-constexpr float kNone = -1e30f;  // maximum of no position at all: finite, so that differences are
-
-// Scratch of one task; all fp32, every part a multiple of 16 floats.
-struct Work {
-  int64_t queries, dim;  // dim: head_dim padded to 16
-  float* q;              // [queries, head_dim]
-  float* keys;           // [head_dim, 64]
-  float* values;         // [64, dim]
-  float* scores;         // [queries, 64]
-  float* tile;           // [queries, dim]; then maxima and sums [queries] each
-  float* total;          // the same, merged
-};
-
-int64_t attn_scratch(int64_t queries, int64_t head_dim) {
-  const int64_t dim = round_up(head_dim, 16);
-  return queries * dim + 2 * kKvTile * dim + queries * kKvTile + 2 * partial_floats(queries, dim);
-}
-
-Work layout(const AttnTask& t, float* scratch) {
-  Work w{};
-  w.queries = static_cast<int64_t>(t.tokens) * t.group;
-  w.dim = round_up(t.head_dim, 16);
-  w.q = scratch;
-  w.keys = w.q + w.queries * w.dim;
-  w.values = w.keys + kKvTile * w.dim;
-  w.scores = w.values + kKvTile * w.dim;
-  w.tile = w.scores + w.queries * kKvTile;
-  w.total = w.tile + partial_floats(w.queries, w.dim);
-  return w;
-}
 
 template <class T>
 void load_queries(const AttnTask& t, const Work& w) {
@@ -55,44 +25,11 @@ void load_queries(const AttnTask& t, const Work& w) {
   }
 }
 
-#if defined(__AVX512F__)
-// Columns of a 16 x 16 block of floats become rows.
-inline void transpose16(vf (&r)[16]) {
-  __m512 t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-    r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-    r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-#endif
-
 // Positions [begin, begin + valid) of the cache, the rest of the tile zero.
 template <class T>
 void load_tile(const AttnTask& t, const Work& w, int64_t begin, int64_t valid) {
   const T* rows[kKvTile];
-  for (int64_t j = 0; j < valid; ++j) {
-    const int64_t pos = begin + j;
-    rows[j] =
-        static_cast<const T*>(t.kv) + t.table[pos / t.block_size] * t.block_stride + (pos % t.block_size) * t.head_dim;
-  }
+  for (int64_t j = 0; j < valid; ++j) rows[j] = key_row<T>(t, begin + j);
   for (int64_t j = 0; j < kKvTile; ++j) {
     float* to = w.values + j * w.dim;
     if (j >= valid) {
@@ -122,36 +59,6 @@ void load_tile(const AttnTask& t, const Work& w, int64_t begin, int64_t valid) {
   }
 }
 
-// Scores of one query become exp(s - maximum); returns {maximum, sum}.
-inline void soften(const AttnTask& t, int64_t query, int64_t begin, float* s, float* maximum, float* total) {
-  constexpr int kVecs = kKvTile / kW;
-  const auto pos = static_cast<int32_t>(t.first_pos + query / t.group);
-  const int32_t oldest = t.window > 0 && pos >= t.window ? pos - t.window + 1 : 0;
-  const auto first = static_cast<int32_t>(begin);
-  const bool whole = first >= oldest && first + kKvTile - 1 <= pos;
-  vf x[kVecs];
-  vf m = set1(kNone);
-  for (int v = 0; v < kVecs; ++v) {
-    x[v] = load(s + v * kW) * t.scale;
-    if (t.softcap > 0.0f) x[v] = t.softcap * tanh(x[v] / t.softcap);
-    if (t.slopes || !whole) {
-      const vi at = iota() + (first + v * kW);
-      if (t.slopes) x[v] = fma(set1(t.slopes[query % t.group]), __builtin_convertvector(at - pos, vf), x[v]);
-      if (!whole) x[v] = ((at >= oldest) & (at <= pos)) != 0 ? x[v] : set1(-__builtin_inff());
-    }
-    m = max(x[v], m);
-  }
-  const float top = max_of(m);
-  vf l{};
-  for (int v = 0; v < kVecs; ++v) {
-    x[v] = exp(x[v] - top);
-    l += x[v];
-    store(s + v * kW, x[v]);
-  }
-  *maximum = top;
-  *total = sum(l);
-}
-
 // The softmax partial of one tile for all queries: values, maxima, sums.
 void attend_tile(const AttnTask& t, const Work& w, int64_t tile, float* out) {
   const int64_t begin = tile * kKvTile;
@@ -161,7 +68,10 @@ void attend_tile(const AttnTask& t, const Work& w, int64_t tile, float* out) {
   small_gemm(w.queries, kKvTile, t.head_dim, w.q, t.head_dim, w.keys, kKvTile, w.scores, kKvTile);
   float* maxima = out + w.queries * w.dim;
   float* sums = maxima + round_up(w.queries, 16);
-  for (int64_t i = 0; i < w.queries; ++i) soften(t, i, begin, w.scores + i * kKvTile, maxima + i, sums + i);
+  for (int64_t i = 0; i < w.queries; ++i) {
+    float* s = w.scores + i * kKvTile;
+    soften(t, i, begin, s, s, maxima + i, sums + i);
+  }
   small_gemm(w.queries, w.dim, kKvTile, w.scores, kKvTile, w.values, w.dim, out, w.dim);
 }
 
@@ -214,24 +124,38 @@ void clear_padding(const Work& w, float* tile) {
   }
 }
 
-void attend(const AttnTask& t, float* scratch) {
-  const Work w = layout(t, scratch);
-  t.bf16 ? load_queries<uint16_t>(t, w) : load_queries<float>(t, w);
+// Every tile of the task through `one_tile`, kept apart or merged.
+template <class F>
+void attend_tiles(const AttnTask& t, const Work& w, F&& one_tile) {
   const int64_t size = partial_floats(w.queries, w.dim);
   if (t.partials) {
     for (int64_t tile = t.tile_begin; tile < t.tile_end; ++tile) {
       clear_padding(w, t.partials + tile * size);
-      attend_tile(t, w, tile, t.partials + tile * size);
+      one_tile(t, w, tile, t.partials + tile * size);
     }
     return;
   }
   clear_total(w);
   clear_padding(w, w.tile);
   for (int64_t tile = t.tile_begin; tile < t.tile_end; ++tile) {
-    attend_tile(t, w, tile, w.tile);
+    one_tile(t, w, tile, w.tile);
     merge_tile(w, w.tile);
   }
   t.bf16 ? write_out<uint16_t>(t, w) : write_out<float>(t, w);
+}
+
+void attend(const AttnTask& t, float* scratch) {
+  const Work w = layout(t, scratch);
+#if defined(__AMX_BF16__)
+  if (t.bf16 && t.kv_bf16) {
+    FASTLLM_ISA::begin_tiles(t, w);
+    attend_tiles(t, w, FASTLLM_ISA::attend_tile_bf16);
+    FASTLLM_ISA::end_tiles();
+    return;
+  }
+#endif
+  t.bf16 ? load_queries<uint16_t>(t, w) : load_queries<float>(t, w);
+  attend_tiles(t, w, attend_tile);
 }
 
 void merge(const AttnTask& t, float* scratch) {

@@ -8,31 +8,13 @@
 // its products in a fixed order per element, so a row's result does not depend on its neighbours. Cost: 2 N K bytes
 // while M is small, 2 M N K operations when it is large. Benchmark: fastllm_bench_ops --benchmark_filter=Linear
 #include "backend/cpu/kernels/gemm.h"
+#include "backend/cpu/kernels/tiles.h"
 
 #if defined(__AMX_BF16__)
 
 namespace fastllm::cpu {
 namespace {
 
-// GCC 12 declares too little of what its tile intrinsics touch and drops stores; these name all of it.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {};
-  uint8_t rows[16] = {};
-};
-inline void configure(const TileConfig& c) { __asm__ volatile("ldtilecfg %0" ::"m"(c) : "memory"); }
-inline void release() { __asm__ volatile("tilerelease" ::: "memory"); }
-#define TILE_LOAD(t, p, stride)                                                       \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"(static_cast<const void*>(p)), \
-                   "r"(static_cast<int64_t>(stride))                                  \
-                   : "memory")
-#define TILE_STORE(t, p, stride)                                                                                       \
-  __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(static_cast<void*>(p)), "r"(static_cast<int64_t>(stride)) \
-                   : "memory")
-#define TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t::: "memory")
-#define TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
-
-constexpr int64_t kTile = 512;       // elements of a bf16 tile
 constexpr int64_t kAhead = 8 << 10;  // bytes of weights fetched ahead of use, per panel stream
 
 // Tiles 0, 1: rows 0-15 of the two column tiles; 2, 3: rows 16-31. 4, 5: A. 6, 7: B.
@@ -101,6 +83,27 @@ inline void block(const uint16_t* a, const uint16_t* w, int64_t k_blocks, bool p
   }
 }
 
+// Whole panels of the common outputs without a test per vector.
+void finish_block(const GemmArgs& g, int64_t m, int64_t rows, int64_t n, const float* c) {
+  const bool whole = n + kPanel <= g.n && !g.bias;
+  for (int64_t r = 0; r < rows; ++r, c += kPanel) {
+    const vf left = load(c), right = load(c + kW);
+    const int64_t at = (m + r) * g.ldo + n;
+    if (whole && g.out_bf16 && !g.accumulate) {
+      uint16_t* out = static_cast<uint16_t*>(g.out) + at;
+      store(out, left);
+      store(out + kW, right);
+    } else if (whole && !g.out_bf16) {
+      float* out = static_cast<float*>(g.out) + at;
+      store(out, g.accumulate ? load(out) + left : left);
+      store(out + kW, g.accumulate ? load(out + kW) + right : right);
+    } else {
+      finish_columns(g, m + r, n, left);
+      finish_columns(g, m + r, n + kW, right);
+    }
+  }
+}
+
 void gemm_bf16(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   const int64_t k_blocks = (g.k + 31) / 32;
   const int64_t panel = kPanel * k_blocks * 32;  // elements, of weights as of prepared rows
@@ -120,8 +123,7 @@ void gemm_bf16(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1
       } else {
         block<false>(a, w, k_blocks, m == m0, c);
       }
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t v = 0; v < kPanel; v += kW) finish_columns(g, m + r, p * kPanel + v, load(c + r * kPanel + v));
+      finish_block(g, m, rows, p * kPanel, c);
     }
   }
   release();

@@ -22,15 +22,26 @@ inline vf load_logits(const float* x, int64_t lanes) {
 }
 
 float row_max(const float* x, int64_t n) {
-  vf m = set1(lowest());
-  for_vectors(n, [&](int64_t i, int64_t lanes) { m = max(load_logits(x + i, lanes), m); });
-  return max_of(m);
+  vf m[4];  // four chains hide the latency
+  for (vf& v : m) v = set1(lowest());
+  int64_t i = 0;
+  for (; i + 4 * kW <= n; i += 4 * kW)
+    for (int v = 0; v < 4; ++v) m[v] = max(load(x + i + v * kW), m[v]);
+  for_vectors(n - i, [&](int64_t j, int64_t lanes) { m[0] = max(load_logits(x + i + j, lanes), m[0]); });
+  return max_of(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
 int64_t argmax(const float* x, int64_t n) {
-  const float m = row_max(x, n);
-  for (int64_t i = 0; i < n; ++i)
-    if (x[i] == m) return i;
+  const vf m = set1(row_max(x, n));
+  for (int64_t i = 0; i < n; i += kW) {
+    const int64_t lanes = n - i < kW ? n - i : kW;
+    const vi equal = load_logits(x + i, lanes) == m;
+    int32_t hit = 0;
+    for (int l = 0; l < kW; ++l) hit |= equal[l];
+    if (hit == 0) continue;
+    for (int l = 0; l < lanes; ++l)
+      if (equal[l]) return i + l;
+  }
   return 0;
 }
 
@@ -46,13 +57,26 @@ double sum_exp(const float* x, int64_t n, float shift, float scale) {
   return total;
 }
 
+// The low and high halves of 32 by 32 bit products.
 struct Product {
   vu low, high;
 };
 inline Product multiply(vu a, uint32_t b) {
+#if defined(__AVX512F__)
+  const __m512i x = reinterpret_cast<__m512i>(a), y = _mm512_set1_epi64(b);
+  const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+  return {reinterpret_cast<vu>(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))),
+          reinterpret_cast<vu>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd))};
+#elif defined(__AVX2__)
+  const __m256i x = reinterpret_cast<__m256i>(a), y = _mm256_set1_epi64x(b);
+  const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+  return {reinterpret_cast<vu>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)),
+          reinterpret_cast<vu>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa))};
+#else
   typedef uint64_t wide __attribute__((vector_size(kW * 8)));
   const wide p = __builtin_convertvector(a, wide) * static_cast<uint64_t>(b);
   return {__builtin_convertvector(p, vu), __builtin_convertvector(p >> 32, vu)};
+#endif
 }
 
 inline vu philox(vu token, uint64_t seed, uint64_t position) {

@@ -47,8 +47,24 @@ inline vf fma(vf a, vf b, vf c) {
   return a * b + c;
 #endif
 }
-inline vf max(vf a, vf b) { return a > b ? a : b; }
-inline vf min(vf a, vf b) { return a < b ? a : b; }
+inline vf max(vf a, vf b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline vf min(vf a, vf b) { return -max(-a, -b); }
+inline vf reciprocal(vf x) {  // to 1 ulp, for 0 < |x| < 2^126
+#if defined(__AVX512F__)
+  const vf r = _mm512_rcp14_ps(x);  // 14 bits, and twice that after one Newton step: a fifth of a division's time
+  return fma(fma(-x, r, set1(1.0f)), r, r);
+#else
+  return 1.0f / x;
+#endif
+}
 
 inline vf load(const float* p) {
   vf v;
@@ -67,9 +83,13 @@ inline vf load(const uint16_t* p) {
   return widen(h);
 }
 inline vh narrow(vf x) {  // to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<vh>(_mm512_cvtneps_pbh(x));
+#else
   const vu u = as_bits(x);
   const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   return __builtin_convertvector((x == x) ? rounded : ((u >> 16) | 0x40u), vh);
+#endif
 }
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 inline void store(uint16_t* p, vf v) {
@@ -174,7 +194,7 @@ inline vf log(vf x) {
 inline vf tanh(vf x) {  // 1 - 2 / (e^2x + 1), by its Taylor polynomial where that cancels
   const vf z = x * x;
   const vf small = fma(x * z, fma(z, set1(2.0f / 15.0f), set1(-1.0f / 3.0f)), x);
-  const vf big = 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
+  const vf big = 1.0f - 2.0f * reciprocal(exp(min(2.0f * x, set1(80.0f))) + 1.0f);
   return (z < 0.0025f) ? small : big;
 }
 
