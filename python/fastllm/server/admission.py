@@ -206,9 +206,12 @@ def check_tokens(state: ServerState, ids: Sequence[int], param: str) -> None:
 
 
 def resolve_max_tokens(
-    state: ServerState, num_prompt: int, requested: int | None, default: int | None, param: str
+    state: ServerState, num_prompt: int, requested: int | None, default: int | None, param: str, limit_name: str
 ) -> int:
-    """Output tokens this prompt may get. `default` None means the rest of the context."""
+    """Output tokens this prompt may get; `default` None means the rest of the context.
+
+    `param` and `limit_name` are the fields that carry the prompt and the limit, for errors.
+    """
     max_len = state.llm.model_config.max_model_len
     if num_prompt >= max_len:
         raise bad_request(
@@ -221,13 +224,13 @@ def resolve_max_tokens(
     if requested is None:
         return room if default is None else min(default, room)
     if requested < 1:
-        raise bad_request(f"max_tokens must be at least 1, got {requested}.", "max_tokens")
+        raise bad_request(f"{limit_name} must be at least 1, got {requested}.", limit_name)
     if requested > room:
         raise bad_request(
             f"This model's maximum context length is {max_len} tokens. However, you requested {num_prompt + requested} "
             f"tokens ({num_prompt} in the prompt, {requested} in the completion). Please reduce the length of the "
             "prompt or of the completion.",
-            "max_tokens",
+            limit_name,
             "context_length_exceeded",
         )
     return requested

@@ -25,6 +25,8 @@ logger = logging.getLogger("fastllm.server")
 MAX_HEADER_BYTES = 8190  # of one header line
 # After a drain that ran out of time: for cancelled handlers to write their last bytes.
 _CANCEL_GRACE_S = 2.0
+# After an answer that did not wait for the whole body: for the client to read it before the connection closes.
+_LINGER_S = 2.0
 STOPPED_AT_ONCE = 130  # the shell's status of a process that Ctrl-C ended
 
 
@@ -70,6 +72,7 @@ class Server:
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,
             shutdown_timeout=_CANCEL_GRACE_S,
+            lingering_time=_LINGER_S,
         )
         self._llm: AsyncLLM | None = None
         self._loader: threading.Thread | None = None

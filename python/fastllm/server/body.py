@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
 from functools import lru_cache
 from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
+from fastllm.server.deadline import time_limit
 from fastllm.server.errors import ApiError, bad_request, from_decode_error
 from fastllm.server.state import STATE_KEY
-
-# Not asyncio.wait_for: before Python 3.12 it can swallow the cancellation that a lost client causes.
-if sys.version_info >= (3, 11):
-    from asyncio import timeout
-else:
-    from async_timeout import timeout
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -48,9 +41,9 @@ async def read_json(request: web.Request, kind: type[T]) -> T:
     if request.content_length is not None and request.content_length > state.limits.max_body_bytes:
         raise _too_large(state.limits.max_body_bytes)
     try:
-        async with timeout(state.limits.body_timeout_s):
+        async with time_limit(state.limits.body_timeout_s):
             body = await request.read()
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise ApiError(408, "The request body did not arrive in time.") from None
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(state.limits.max_body_bytes) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Container
 
 import msgspec
 from aiohttp import web
@@ -28,8 +28,8 @@ _KINDS: dict[int, tuple[str, str | None]] = {
     504: ("overloaded_error", "timeout"),
 }
 
-# fastllm.errors.RequestError.kind -> HTTP status
-ENGINE_ERROR_STATUS = {"invalid": 400, "overloaded": 429, "timeout": 503, "engine": 500}
+# fastllm.errors.RequestError.kind -> HTTP status; "invalid" names a field and is handled apart
+ENGINE_ERROR_STATUS = {"overloaded": 429, "timeout": 503, "engine": 500}
 
 
 class ErrorBody(msgspec.Struct):
@@ -144,8 +144,8 @@ def _root(path: str) -> str | None:
     return re.split(r"[.\[]", path, maxsplit=1)[0] or None
 
 
-def from_value_error(exc: ValueError, fields: Any) -> ApiError:
-    """SamplingParams raises sentences that begin with the field they are about; `fields` are the request's names."""
+def from_value_error(exc: Exception, fields: Container[str]) -> ApiError:
+    """Library and engine name the field in their sentences; `fields` are the request's names."""
     message = str(exc)
     words = re.findall(r"\w+", message[:120])
     param = next((word for word in words if word in fields), None)

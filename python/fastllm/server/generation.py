@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fastllm.errors import RequestError
 from fastllm.outputs import RequestOutput
 from fastllm.sampling import SamplingParams
-from fastllm.server.errors import ENGINE_ERROR_STATUS, ApiError
+from fastllm.server.body import field_names
+from fastllm.server.errors import ENGINE_ERROR_STATUS, ApiError, from_value_error
 from fastllm.server.protocol import CommonRequest, PromptTokensDetails, Usage
 from fastllm.server.state import Phase, ServerState
 
@@ -39,9 +40,11 @@ def accepted(state: ServerState, sequences: int) -> Iterator[None]:
         state.leave(sequences)
 
 
-def from_engine_error(state: ServerState, exc: RequestError) -> ApiError:
+def from_engine_error(state: ServerState, request: CommonRequest, exc: RequestError) -> ApiError:
     if state.phase is Phase.DRAINING and exc.kind == "engine":
         return ApiError(503, "The server stopped before this request was finished.", code="draining", retry_after=5)
+    if exc.kind == "invalid":
+        return from_value_error(exc, field_names(type(request)))
     status = ENGINE_ERROR_STATUS.get(exc.kind, 500)
     retry = 1 if status in (429, 503) else None
     code = {"overloaded": "queue_full", "timeout": "queue_timeout"}.get(exc.kind)
@@ -67,7 +70,7 @@ async def _one(
                 yield output
     except RequestError as exc:
         finished = True
-        raise from_engine_error(state, exc) from None
+        raise from_engine_error(state, request, exc) from None
     finally:
         if not finished and state.metrics is not None:
             state.metrics.aborted()

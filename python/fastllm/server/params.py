@@ -49,14 +49,17 @@ def sampling_params(state: ServerState, request: CommonRequest, num_prompt: int,
     if request.logit_bias:
         fields["logit_bias"] = _logit_bias(request.logit_bias)
     _logprobs(state, request, fields)
-    requested = request.max_tokens
+    if fields.get("top_k", 0) > state.llm.model_config.vocab_size:
+        fields["top_k"] = 0  # every token: the same as off
+    limit_name, requested = "max_tokens", request.max_tokens
     default: int | None = COMPLETION_MAX_TOKENS
     if isinstance(request, ChatRequest):
-        requested = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
+        if requested is None:
+            limit_name, requested = "max_completion_tokens", request.max_completion_tokens
         default = defaults.get("max_tokens")
     elif isinstance(request, CompletionRequest) and request.echo and requested == 0:
         requested = 1  # the prompt alone: the engine's one token is dropped again
-    fields["max_tokens"] = resolve_max_tokens(state, num_prompt, requested, default, param)
+    fields["max_tokens"] = resolve_max_tokens(state, num_prompt, requested, default, param, limit_name)
     fields["output_kind"] = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
     config = state.llm.model_config
     if request.temperature is not None and request.temperature > MAX_TEMPERATURE:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 import msgspec
 from aiohttp import web
 
-from fastllm.server.body import timeout
+from fastllm.server.deadline import time_limit
 from fastllm.server.errors import ApiError, internal_error
 from fastllm.server.middleware import current_request_id
 from fastllm.server.state import STATE_KEY
@@ -50,9 +49,9 @@ class EventStream:
             await self._response.write(event)
             return
         try:
-            async with timeout(self._timeout):
+            async with time_limit(self._timeout):
                 await self._response.write(event)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             transport.abort()
             raise ConnectionResetError("the client stopped reading") from None
 
