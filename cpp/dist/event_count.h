@@ -28,13 +28,15 @@ class EventCount {
   template <class Ready>
   void wait(Ready&& ready, std::chrono::nanoseconds spin = kSpin) {
     if (ready()) return;
-    const auto end = std::chrono::steady_clock::now() + spin;
-    do {
+    // Threads that share a core would wait for each other's whole spin: most of it offers the core to others.
+    const auto start = std::chrono::steady_clock::now();
+    for (auto now = start; now < start + spin; now = std::chrono::steady_clock::now()) {
+      if (now >= start + kPause) std::this_thread::yield();
       for (int i = 0; i < 16; ++i) {
-        cpu_relax();
         if (ready()) return;
+        cpu_relax();
       }
-    } while (std::chrono::steady_clock::now() < end);
+    }
     for (;;) {
       const auto seen = epoch_.load(std::memory_order_seq_cst);
       if (ready()) return;
@@ -43,7 +45,7 @@ class EventCount {
   }
 
  private:
-  static constexpr std::chrono::microseconds kSpin{20};
+  static constexpr std::chrono::microseconds kSpin{20}, kPause{3};
   alignas(64) std::atomic<std::uint32_t> epoch_{0};
 };
 

@@ -124,10 +124,12 @@ void q6_k(const std::byte* b, float* out) {
   const float d = load_half(b + 208);
   for (int half = 0; half < 2; ++half) {
     const std::byte *low = b + 64 * half, *upper = b + 128 + 32 * half, *scales = b + 192 + 8 * half;
-    for (int r = 0; r < 4; ++r) {
-      for (int i = 0; i < 32; ++i) {
+    for (int run = 0; run < 8; ++run) {  // 16 elements of one scale
+      const int r = run / 2, first = run % 2 * 16;
+      const float scale = d * static_cast<float>(i8(scales, run));
+      for (int i = first; i < first + 16; ++i) {
         const int q = ((u8(low, r % 2 * 32 + i) >> (r / 2 * 4)) & 15) | ((u8(upper, i) >> (2 * r)) & 3) << 4;
-        out[128 * half + 32 * r + i] = d * static_cast<float>(i8(scales, 2 * r + i / 16)) * static_cast<float>(q - 32);
+        out[128 * half + 32 * r + i] = scale * static_cast<float>(q - 32);
       }
     }
   }
@@ -162,13 +164,15 @@ void plain(SourceType type, const std::byte* p, std::int64_t n, float* out) {
 }  // namespace
 
 float half_to_float(std::uint16_t bits) {
-  // Shifted into place, the exponent is 112 too small: a multiplication puts it right, denormals included. Infinities
-  // and NaNs (exponent all ones) need the rest of the exponent's bits.
-  const std::uint32_t magnitude = static_cast<std::uint32_t>(bits & 0x7fffu) << 13;
-  const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
-  const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
-  const std::uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(scaled) | special | sign);
+  // Three cases, all computed and one chosen, so that a loop becomes vectors; none of them meets fp32 denormals, which
+  // are slow. Infinities and NaNs (exponent all ones) get the rest of the exponent's bits.
+  const std::int32_t magnitude = bits & 0x7fff;
+  const std::int32_t normal = (magnitude << 13) + (112 << 23);
+  const std::int32_t denormal = std::bit_cast<std::int32_t>(static_cast<float>(magnitude) * 0x1p-24f);
+  const std::int32_t is_denormal = -static_cast<std::int32_t>(magnitude < 0x400);  // all ones or zero, as below
+  const std::int32_t special = -static_cast<std::int32_t>(magnitude > 0x7bff) & 0x7f800000;
+  const auto value = static_cast<std::uint32_t>((denormal & is_denormal) | (normal & ~is_denormal) | special);
+  return std::bit_cast<float>(value | static_cast<std::uint32_t>(bits & 0x8000) << 16);
 }
 
 const SourceFormat& format_of(SourceType type) { return lookup(type); }
