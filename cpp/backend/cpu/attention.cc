@@ -11,8 +11,9 @@ namespace {
 
 // A row of a few query tokens and a long past is cut along its KV tiles, so that threads share it. Partials merge in
 // tile order: the cut changes nothing in the result.
-constexpr std::int64_t kSplitTokens = 4;  // at most, to be cut
-constexpr std::int64_t kSplitTiles = 4;   // KV tiles of a piece
+constexpr std::int64_t kSplitTokens = 4;    // at most, to be cut
+constexpr std::int64_t kMinPieceTiles = 2;  // KV tiles
+constexpr std::int64_t kPiecesAThread = 2;  // wanted of a step, for every kv head
 
 struct Item {
   std::int32_t row = 0;
@@ -29,7 +30,10 @@ struct Split {
 
 class CpuAttnPlan final : public AttnPlan {
  public:
-  explicit CpuAttnPlan(std::span<const AttnRow> all) : rows(all.begin(), all.end()) {
+  CpuAttnPlan(std::span<const AttnRow> all, int threads) : rows(all.begin(), all.end()) {
+    std::int64_t few_token_tiles = 0;
+    for (const AttnRow& row : rows) few_token_tiles += row.num_tokens <= kSplitTokens ? tiles_of(row) : 0;
+    piece_tiles_ = std::max(kMinPieceTiles, few_token_tiles / (threads * kPiecesAThread));
     for (std::size_t r = 0; r < rows.size(); ++r) add_row(static_cast<std::int32_t>(r));
     // The longest first: what is left for the end is short.
     std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
@@ -44,15 +48,17 @@ class CpuAttnPlan final : public AttnPlan {
   std::int32_t max_tokens = 0;   // of an item
 
  private:
+  static std::int64_t tiles_until(std::int64_t pos) { return (pos + kKvTile - 1) / kKvTile; }
+  static std::int64_t tiles_of(const AttnRow& row) { return tiles_until(row.first_pos + row.num_tokens); }
+
   void add_row(std::int32_t r) {
     const AttnRow& row = rows[static_cast<std::size_t>(r)];
-    const auto tiles_until = [](std::int64_t pos) { return (pos + kKvTile - 1) / kKvTile; };
-    const std::int64_t all_tiles = tiles_until(row.first_pos + row.num_tokens);
+    const std::int64_t all_tiles = tiles_of(row);
     max_tokens = std::max(max_tokens, std::min(row.num_tokens, static_cast<std::int32_t>(kQueryBlock)));
-    if (row.num_tokens <= kSplitTokens && all_tiles > kSplitTiles) {
-      const std::int64_t pieces = (all_tiles + kSplitTiles - 1) / kSplitTiles;
+    if (row.num_tokens <= kSplitTokens && all_tiles > piece_tiles_) {
+      const std::int64_t pieces = (all_tiles + piece_tiles_ - 1) / piece_tiles_;
       for (std::int64_t p = 0; p < pieces; ++p) {
-        items.push_back({r, 0, row.num_tokens, p * kSplitTiles, std::min(all_tiles, (p + 1) * kSplitTiles),
+        items.push_back({r, 0, row.num_tokens, p * piece_tiles_, std::min(all_tiles, (p + 1) * piece_tiles_),
                          static_cast<std::int32_t>(splits.size())});
       }
       splits.push_back({r, all_tiles, pieces, split_tiles});
@@ -64,6 +70,8 @@ class CpuAttnPlan final : public AttnPlan {
       items.push_back({r, t, n, 0, tiles_until(row.first_pos + t + n), -1});
     }
   }
+
+  std::int64_t piece_tiles_ = 0;
 };
 
 const void* element(const void* base, std::int64_t i, DType t) {
@@ -73,7 +81,7 @@ const void* element(const void* base, std::int64_t i, DType t) {
 }  // namespace
 
 std::unique_ptr<AttnPlan> CpuBackend::plan_attention(std::span<const AttnRow> rows, int) {
-  return std::make_unique<CpuAttnPlan>(rows);
+  return std::make_unique<CpuAttnPlan>(rows, pool_.size());
 }
 
 void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvView& kv, const AttnPlan& plan_base,

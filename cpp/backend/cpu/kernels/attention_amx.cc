@@ -15,7 +15,17 @@ namespace {
 // Values: two positions interleave. Positions from `valid` on and dims beyond head_dim are zero.
 void load_tile(const AttnTask& t, const Work& w, int64_t begin, int64_t valid) {
   const uint16_t* rows[kKvTile];
-  for (int64_t j = 0; j < valid; ++j) rows[j] = key_row<uint16_t>(t, begin + j);
+  // Blocks lie anywhere: ask for this tile's values and the next tile's keys while the keys are rearranged.
+  const int64_t last = t.first_pos + t.tokens - 1;
+  for (int64_t j = 0; j < valid; ++j) {
+    rows[j] = key_row<uint16_t>(t, begin + j);
+    const int64_t ahead = begin + kKvTile + j;
+    const uint16_t* next = ahead <= last ? key_row<uint16_t>(t, ahead) : rows[j];
+    for (int64_t d = 0; d < t.head_dim; d += 32) {
+      __builtin_prefetch(rows[j] + t.kv_stride + d);
+      __builtin_prefetch(next + d, 0, 2);
+    }
+  }
   auto* keys = reinterpret_cast<uint16_t*>(w.keys);
   for (int64_t d = 0; d < t.head_dim; d += 32) {
     const int64_t lanes = t.head_dim - d < 32 ? t.head_dim - d : 32;

@@ -36,9 +36,7 @@ int64_t argmax(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += kW) {
     const int64_t lanes = n - i < kW ? n - i : kW;
     const vi equal = load_logits(x + i, lanes) == m;
-    int32_t hit = 0;
-    for (int l = 0; l < kW; ++l) hit |= equal[l];
-    if (hit == 0) continue;
+    if (!any(equal)) continue;
     for (int l = 0; l < lanes; ++l)
       if (equal[l]) return i + l;
   }
@@ -102,14 +100,12 @@ int64_t gumbel_argmax(const GumbelArgs& a) {
     const vi id = iota() + static_cast<int32_t>(i);
     const vi tie = (x == a.floor) & (id <= static_cast<int32_t>(a.last_id));
     const vf scaled = ((x > a.floor) | tie) != 0 ? x * a.inv_temperature : set1(lowest());
-    const float bound = max_of(scaled);
-    if (bound == lowest() || bound + kMaxNoise <= best) return;
+    if (!any(scaled > best - kMaxNoise)) return;
     const vu word = philox(reinterpret_cast<vu>(id), a.seed, a.position);
     const vf u = (__builtin_convertvector(reinterpret_cast<vi>(word >> 9), vf) + 0.5f) * 0x1p-23f;
     const vf score = scaled - log(-log(u));
-    const float top = max_of(score);
-    if (top <= best) return;
-    best = top;
+    if (!any(score > best)) return;
+    const float top = best = max_of(score);
     for (int l = 0; l < kW; ++l) {
       if (score[l] == top) {
         best_id = i + l;

@@ -149,6 +149,19 @@ inline float max_of(vf v) {
   return lane[0];
 }
 
+// Whether any lane of a comparison holds.
+inline bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  int32_t hit = 0;
+  for (int i = 0; i < kW; ++i) hit |= mask[i];
+  return hit != 0;
+#endif
+}
+
 // e^x to 2 ulp; 0 below -87, and exactly 1 at 0.
 inline vf exp(vf x) {
   const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
