@@ -18,7 +18,7 @@ import pytest
 
 from fastllm.async_llm import AsyncLLM
 from fastllm.server.limits import Limits
-from server_fixtures import CONTEXT, RunningServer, ask, load_null, running_server, wait_until
+from server_fixtures import CONTEXT, Reply, RunningServer, ask, load_null, running_server, wait_until
 
 LONG = {"prompt": "Hello", "max_tokens": CONTEXT - 100, "ignore_eos": True}
 COMPLETIONS = "/v1/completions"
@@ -106,6 +106,24 @@ def test_full_queue_is_a_429_with_retry_after() -> None:
         server.check_alive()
 
 
+def test_request_that_waits_too_long_is_a_503() -> None:
+    with running_server({"max_num_seqs": 1}, limits=Limits(max_waiting_time_s=0.1)) as server:
+
+        async def work() -> Reply:
+            async with aiohttp.ClientSession() as session:
+                url = server.url + COMPLETIONS
+                holder = asyncio.ensure_future(ask(session, "POST", url, LONG))
+                while server.state.llm.stats().num_running == 0:
+                    await asyncio.sleep(0.001)
+                late = await ask(session, "POST", url, {"prompt": "x", "stream": True})
+                holder.cancel()
+                return late
+
+        late = asyncio.run(work())
+        assert late.status == 503 and late.error["code"] == "queue_timeout" and "Retry-After" in late.headers
+        server.check_alive()
+
+
 def test_keys_protect_everything_but_the_probes() -> None:
     with running_server(api_keys=["first", "second"]) as server:
         for path in ("/live", "/health", "/ready"):
@@ -167,6 +185,27 @@ def test_draining_refuses_new_and_finishes_accepted() -> None:
                 assert finished.status == 200 and finished.json["usage"]["completion_tokens"] == 2000
 
         asyncio.run(work())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_request_that_outlives_the_drain_ends_with_an_error(stream: bool) -> None:
+    with running_server() as server:
+
+        async def work() -> Any:
+            async with aiohttp.ClientSession() as session:
+                task = asyncio.ensure_future(ask(session, "POST", server.url + COMPLETIONS, LONG | {"stream": stream}))
+                while server.state.active_requests == 0:
+                    await asyncio.sleep(0.001)
+                drained = await asyncio.to_thread(server.run, server.server.stop(0.1))
+                assert not drained
+                return await task
+
+        reply = asyncio.run(work())
+        if stream:
+            *_, last = reply.body.decode().removesuffix("\n\n").split("\n\n")
+            assert reply.status == 200 and json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
+        else:
+            assert reply.status == 503 and reply.error["code"] == "draining"
 
 
 class ServerProcess:

@@ -11,6 +11,7 @@ from fastllm.server.limits import Limits
 _LIMIT_FLAGS: dict[str, tuple[str, str]] = {
     # field of Limits -> (metavar, help)
     "max_waiting": ("N", "sequences that may wait beyond --max-num-seqs; more get 429 (default: 4 x, at least 64)"),
+    "max_waiting_time_s": ("SECONDS", "time a request may wait before it starts; then it gets 503 (default: no limit)"),
     "max_body_bytes": ("BYTES", "largest request body; more gets 413"),
     "max_n": ("N", "largest n of a request"),
     "max_prompts": ("N", "most prompts in one completions call"),

@@ -62,6 +62,7 @@ async def _one(
         f"{request_id}-{next(_serial)}",
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
+        queue_timeout=state.limits.max_waiting_time_s,
     )
     try:
         async with aclosing(outputs):

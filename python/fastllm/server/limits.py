@@ -17,6 +17,7 @@ class Limits:
     max_logit_bias: int = 1024  # entries
     max_messages: int = 10_000
     max_waiting: int | None = None  # requests beyond those that run; None: four times the running ones, at least 64
+    max_waiting_time_s: float | None = None  # seconds a request may wait before it starts; None: no limit
     body_timeout_s: float = 30.0  # seconds for a client to send its body
     write_timeout_s: float = 30.0  # seconds a client may leave a full socket unread
     keepalive_timeout_s: float = 75.0  # seconds an idle connection stays open
