@@ -57,7 +57,7 @@ def test_every_form_of_prompt_means_the_same(null_llm: LLM) -> None:
 def test_bad_prompt_is_refused_with_a_sentence(null_llm: LLM, prompt: Any, fields: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         null_llm.generate(prompt, fixed(**fields), use_tqdm=False)
-    assert null_llm.stats().num_running == 0
+    assert not null_llm._client.live, "nothing was submitted"
 
 
 def test_numbers_of_prompts_and_params_must_agree(null_llm: LLM) -> None:
