@@ -124,8 +124,8 @@ bool Scheduler::admit(Sequence& seq, Step& step, TimePoint now) {
 }
 
 // Gives the empty table what others computed already and returns the positions covered. Copies run before the rows of
-// a plan, so a fork waits for the plan after the one that completes the
-// prompt: rows are emitted, and prompt_submitted set, after admission.
+// a plan, so a fork waits for the plan after the one that completes the prompt: rows are emitted, and prompt_submitted
+// is set, after admission.
 std::int32_t Scheduler::attach_kv(Sequence& seq) {
   const Sequence& first = *seq.req->seqs[0];
   if (seq.index > 0 && seq.num_output() == 0 && first.state == SeqState::Running && first.prompt_submitted) {
