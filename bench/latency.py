@@ -64,7 +64,9 @@ def main() -> None:
         ("decode", f"{decode:.1f} tokens/s"),
         ("peak RSS", f"{result['peak_rss_mb']} MB"),
     ]
-    common.report(f"batch {args.batch_size}, {args.input_len}/{args.output_len} on {args.model}", rows, result, args.json)
+    common.report(
+        f"batch {args.batch_size}, {args.input_len}/{args.output_len} on {args.model}", rows, result, args.json
+    )
 
 
 if __name__ == "__main__":

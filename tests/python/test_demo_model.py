@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from fastllm import LLM, SamplingParams
 
 _TEXT = (

@@ -6,11 +6,12 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, normalizers
+
 from fastllm import SamplingParams
 from fastllm.detokenizer import IncrementalDetokenizer
 from fastllm.tokenizer import Tokenizer, byte_tokenizer
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, normalizers
 
 
 def sentencepiece_tokenizer() -> Tokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import pytest
+
 from fastllm import EngineArgs
 from fastllm.arg_parser import FlexibleArgumentParser, parse_size
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fastllm import LLM, SamplingParams
 
 _BLOCK = 16  # tokens

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from fastllm import LLM, SamplingParams
 from fastllm.errors import InvalidArgument
 from fastllm.export import export

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fastllm import LLM, SamplingParams, _core
 from fastllm.engine_args import EngineArgs
 from fastllm.errors import LoadError

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fastllm import LLM, EngineArgs, LLMEngine, RequestOutputKind, SamplingParams
 from fastllm.errors import InvalidArgument
 from fastllm.progress import Progress

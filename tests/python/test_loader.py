@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fastllm.engine_args import EngineArgs
 from fastllm.errors import LoadError
 from fastllm.families import HfConfig, family_of

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fastllm import LLM, SamplingParams
 from tiny_models import FAMILIES, VOCAB
 

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from fastllm.engine_args import EngineArgs
 from fastllm.errors import LoadError
 from fastllm.loader.model import open_model
@@ -37,8 +38,9 @@ def reference(demo_gguf: str):  # type: ignore[no-untyped-def]
     """
     transformers = pytest.importorskip("transformers", reason="needs transformers as the reference")
     pytest.importorskip("gguf", reason="transformers needs gguf to read the file")
-    from fastllm.loader.hub import resolve_model
     from tokenizers import decoders, pre_tokenizers
+
+    from fastllm.loader.hub import resolve_model
 
     path = resolve_model(demo_gguf)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
