@@ -1,5 +1,8 @@
-// One job at a time: run_raw() publishes the job by raising `epoch_`, workers run their part and count `pending_` down.
-// Both sides spin with pauses for a few microseconds, then offer the core to others between looks, then sleep.
+// One job at a time: run_raw() publishes it by raising `epoch`. A part belongs to the thread that claims it first: its
+// own worker as a rule, the caller if that worker has not come by when the caller is done with its own part. So a
+// worker that sleeps, or has lost its core to another process, delays nothing; only one that is in the middle of its
+// part is waited for. Both sides spin with pauses for a few microseconds, then offer the core to others between looks,
+// then sleep.
 #include "base/thread_pool.h"
 
 #include <sched.h>
@@ -46,39 +49,59 @@ void wait_while(std::atomic<std::uint32_t>& value, std::uint32_t old) {
 }  // namespace
 
 struct ThreadPool::Impl {
+  // The last job whose part was claimed. A claim raises it from epoch - 1 to epoch, which a late worker cannot do.
+  struct alignas(64) Part {
+    std::atomic<std::uint32_t> claimed{0};
+  };
+
   alignas(64) std::atomic<std::uint32_t> epoch{0};
-  void (*fn)(void*, int) = nullptr;  // written before epoch rises; null: leave
+  void (*fn)(void*, int) = nullptr;  // written before epoch rises, read after a claim
   void* ctx = nullptr;
-  alignas(64) std::atomic<std::uint32_t> pending{0};  // workers still running
+  std::atomic<bool> stopping{false};
+  alignas(64) std::atomic<std::uint32_t> pending{0};  // parts not done, the caller's own not counted
+  std::vector<Part> parts;                            // of the workers: part i is parts[i - 1]
   std::vector<std::thread> workers;
+
+  explicit Impl(int threads) : parts(static_cast<std::size_t>(threads - 1)) {}
+
+  // Runs part i of the job if nobody else has taken it.
+  void try_part(int i, std::uint32_t job) {
+    std::uint32_t before = job - 1;
+    if (!parts[static_cast<std::size_t>(i - 1)].claimed.compare_exchange_strong(before, job, std::memory_order_acq_rel))
+      return;
+    fn(ctx, i);
+    if (pending.fetch_sub(1, std::memory_order_acq_rel) == 1) pending.notify_one();
+  }
 
   void work(int i) {
     std::uint32_t seen = 0;
     for (;;) {
       wait_while(epoch, seen);
-      ++seen;
-      if (fn == nullptr) return;
-      fn(ctx, i);
-      if (pending.fetch_sub(1, std::memory_order_acq_rel) == 1) pending.notify_one();
+      seen = epoch.load(std::memory_order_acquire);
+      if (stopping.load(std::memory_order_acquire)) return;
+      try_part(i, seen);
     }
   }
 
-  void publish(void (*job)(void*, int), void* job_ctx) {
+  std::uint32_t publish(void (*job)(void*, int), void* job_ctx) {
     fn = job;
     ctx = job_ctx;
-    pending.store(static_cast<std::uint32_t>(workers.size()), std::memory_order_relaxed);
-    epoch.fetch_add(1, std::memory_order_release);
+    pending.store(static_cast<std::uint32_t>(parts.size()), std::memory_order_relaxed);
+    const std::uint32_t number = epoch.fetch_add(1, std::memory_order_release) + 1;
     epoch.notify_all();
+    return number;
   }
 
   void stop() {
-    publish(nullptr, nullptr);
+    stopping.store(true, std::memory_order_release);
+    epoch.fetch_add(1, std::memory_order_release);
+    epoch.notify_all();
     for (auto& w : workers) w.join();
   }
 };
 
-ThreadPool::ThreadPool(int threads) : impl_(std::make_unique<Impl>()) {
-  impl_->workers.reserve(static_cast<std::size_t>(std::max(threads, 1) - 1));
+ThreadPool::ThreadPool(int threads) : impl_(std::make_unique<Impl>(std::max(threads, 1))) {
+  impl_->workers.reserve(impl_->parts.size());
   try {
     for (int i = 1; i < threads; ++i) impl_->workers.emplace_back([impl = impl_.get(), i] { impl->work(i); });
   } catch (const std::system_error& e) {
@@ -96,8 +119,9 @@ void ThreadPool::run_raw(void (*fn)(void*, int), void* ctx) {
     fn(ctx, 0);
     return;
   }
-  impl_->publish(fn, ctx);
+  const std::uint32_t job = impl_->publish(fn, ctx);
   fn(ctx, 0);
+  for (int i = 1; i < size(); ++i) impl_->try_part(i, job);
   for (std::uint32_t left; (left = impl_->pending.load(std::memory_order_acquire)) != 0;) {
     wait_while(impl_->pending, left);
   }

@@ -17,8 +17,9 @@ class ThreadPool {
 
   int size() const;
 
-  // Runs fn(i) for i in [0, size()), one call per thread, the caller being thread 0; returns when all are done. Not
-  // reentrant; one caller at a time. fn must not throw.
+  // Runs fn(i) for i in [0, size()) and returns when all are done. fn(0) runs on the caller; the others each on a
+  // thread of their own, or on the caller if that thread does not come by in time. Not reentrant; one caller at a time.
+  // fn must not throw.
   template <class F>
   void run(F&& fn) {
     run_raw([](void* ctx, int i) { (*static_cast<std::remove_reference_t<F>*>(ctx))(i); }, &fn);

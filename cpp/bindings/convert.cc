@@ -142,6 +142,22 @@ py::object finish_name(FinishReason reason) {
   return py::none();
 }
 
+py::object error_kind_name(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::None:
+      return py::none();
+    case ErrorKind::Invalid:
+      return py::str("invalid");
+    case ErrorKind::Overloaded:
+      return py::str("overloaded");
+    case ErrorKind::Timeout:
+      return py::str("timeout");
+    case ErrorKind::Engine:
+      return py::str("engine");
+  }
+  return py::none();
+}
+
 std::shared_ptr<py::object> share(py::object object) {
   return {new py::object(std::move(object)), [](py::object* p) {
             if (Py_IsInitialized() == 0) return;  // the interpreter is gone, and every object with it

@@ -23,6 +23,7 @@ SchedulingPolicy policy_from_name(const std::string& name);
 const char* name_of(PreemptionMode mode);
 const char* name_of(SchedulingPolicy policy);
 py::object finish_name(FinishReason reason);  // None while running
+py::object error_kind_name(ErrorKind kind);   // None without an error
 
 // Keeps a Python object alive from threads that do not hold the GIL; the last owner takes the GIL to let go.
 std::shared_ptr<py::object> share(py::object object);

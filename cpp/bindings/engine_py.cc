@@ -88,7 +88,10 @@ void bind_engine(py::module_& m) {
       .def("submit", &submit, py::arg("id"), py::arg("prompt"), py::arg("params"), py::kw_only(),
            py::arg("priority") = 0, py::arg("timeout_s") = py::none(), py::arg("cache_salt") = "",
            py::arg("logits_processor") = py::none(), py::arg("mask") = py::none())
-      .def("abort", &Engine::abort, py::arg("id"), release())
+      .def(
+          "abort",
+          [](Engine& e, std::uint64_t id, std::optional<int> index) { index ? e.abort(id, *index) : e.abort(id); },
+          py::arg("id"), py::arg("index") = py::none(), release())
       .def("poll", &poll, py::arg("timeout_s") = 0.0)
       .def("event_fd", &Engine::event_fd)
       .def("stats", &Engine::stats, release())

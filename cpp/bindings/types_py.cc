@@ -107,6 +107,7 @@ void bind_types(py::module_& m) {
           [](const TokenDelta& d) { return d.stop_token < 0 ? py::object(py::none()) : py::int_(d.stop_token); })
       .def_readonly("cached_tokens", &TokenDelta::cached_tokens)
       .def_readonly("error", &TokenDelta::error)
+      .def_property_readonly("error_kind", [](const TokenDelta& d) { return error_kind_name(d.error_kind); })
       .def_property_readonly("times", [](const TokenDelta& d) {
         return py::make_tuple(seconds(d.times.arrival), seconds(d.times.first_scheduled), seconds(d.times.first_token),
                               seconds(d.times.finished));

@@ -1,5 +1,6 @@
 #include "kv/block_allocator.h"
 
+#include <algorithm>
 #include <cassert>
 #include <limits>
 #include <string>
@@ -8,7 +9,8 @@
 
 namespace fastllm {
 
-BlockAllocator::BlockAllocator(std::int64_t num_blocks, std::int64_t num_reserved) : num_reserved_(num_reserved) {
+BlockAllocator::BlockAllocator(std::int64_t num_blocks, std::int64_t num_reserved, std::int64_t resident)
+    : num_reserved_(num_reserved), resident_(resident), next_unused_(static_cast<std::size_t>(num_reserved)) {
   constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max() - kNumHeads;
   if (num_blocks < num_reserved || num_blocks > kMax) {
     throw InvalidArgument("num_blocks is " + std::to_string(num_blocks) + ", but a pool has between " +
@@ -26,8 +28,14 @@ BlockAllocator::BlockAllocator(std::int64_t num_blocks, std::int64_t num_reserve
 
 BlockId BlockAllocator::alloc() {
   if (num_free() == 0) return kNoBlock;
-  const List list = num_blank_ > 0 ? List::Blank : List::Cached;
+  // Blocks are first handed out in ascending order, so one glance tells a used blank block from a new one.
+  List list = num_blank_ > 0 ? List::Blank : List::Cached;
+  if (num_cached_ > 0 && list == List::Blank && static_cast<std::size_t>(nodes_[head(list)].next) == next_unused_ &&
+      static_cast<std::int64_t>(next_unused_) - num_reserved_ >= resident_) {
+    list = List::Cached;
+  }
   const auto node = static_cast<std::size_t>(nodes_[head(list)].next);
+  next_unused_ = std::max(next_unused_, node + 1);
   unlink(node);
   nodes_[node].refs = 1;
   return BlockId{static_cast<std::int32_t>(node)};

@@ -2,13 +2,16 @@
 //
 //   blank list   holds nothing matchable. The most recently freed block is handed out first, so its memory is warm and
 //                blocks that were never used stay untouched as long as possible.
-//   cached list  unreferenced but matchable. Evicted least recently released first, only when no blank block is left.
+//   cached list  unreferenced but matchable. Evicted least recently released first, only when no blank block is left,
+//                or when the only blank ones were never used and `resident` blocks are in use already: idle cache
+//                then makes room before memory that was never touched is.
 //
 // Engine thread only. Knows no tokens: the caller says whether a released block is matchable.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "base/ids.h"
@@ -17,8 +20,9 @@ namespace fastllm {
 
 class BlockAllocator {
  public:
-  // Blocks [0, num_reserved) are never handed out.
-  BlockAllocator(std::int64_t num_blocks, std::int64_t num_reserved);
+  // Blocks [0, num_reserved) are never handed out. resident: blocks; at num_blocks and above it changes nothing.
+  BlockAllocator(std::int64_t num_blocks, std::int64_t num_reserved,
+                 std::int64_t resident = std::numeric_limits<std::int64_t>::max());
 
   // A block with one reference, or kNoBlock. It may come from the cached list: the caller forgets what it held.
   BlockId alloc();
@@ -53,6 +57,8 @@ class BlockAllocator {
 
   std::vector<Node> nodes_;
   std::int64_t num_reserved_;
+  std::int64_t resident_;
+  std::size_t next_unused_;  // blocks from here on were never handed out
   std::int64_t num_blank_ = 0, num_cached_ = 0;
 };
 

@@ -8,7 +8,7 @@ namespace fastllm {
 KvManager::KvManager(const KvConfig& config)
     : block_size_(config.block_size),
       caching_(config.prefix_caching),
-      device_(config.device_blocks, 1),
+      device_(config.device_blocks, 1, config.resident_blocks),
       host_(config.host_blocks, 0),
       cache_(config.device_blocks, config.block_size, config.hash) {}
 

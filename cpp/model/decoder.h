@@ -31,6 +31,7 @@ class Decoder {
 
   const ModelSpec& spec() const { return spec_; }
   const KvShape& kv_shape() const { return kv_shape_; }  // of this rank
+  std::int64_t weight_bytes() const { return packed_bytes(weights_); }
 
   // Runs the layers over the tokens of all rows, writing their keys and values to `kv_pool` (kv_shape() per block).
   void forward(std::span<const TokenId> ids, std::span<const std::int32_t> positions, std::span<const AttnRow> rows,

@@ -90,4 +90,17 @@ DecoderWeights load_decoder_weights(const WeightLoader& loader, Backend& backend
   return w;
 }
 
+std::int64_t packed_bytes(const DecoderWeights& weights) {
+  std::int64_t total = 0;
+  const auto add = [&total](const std::unique_ptr<PackedWeight>& w) {
+    if (w) total += static_cast<std::int64_t>(w->bytes());
+  };
+  add(weights.tokens);
+  add(weights.head.weight);
+  for (const auto& layer : weights.layers) {
+    for (const auto* linear : {&layer.qkv, &layer.out, &layer.up, &layer.down}) add(linear->weight);
+  }
+  return total;
+}
+
 }  // namespace fastllm

@@ -45,6 +45,9 @@ struct DecoderWeights {
   LinearWeights head;  // weight null when tied
 };
 
+// Of all packed matrices.
+std::int64_t packed_bytes(const DecoderWeights& weights);
+
 // Packs for activations of type `compute`. `progress` (may be empty) is called after every tensor.
 DecoderWeights load_decoder_weights(const WeightLoader& loader, Backend& backend, DType compute,
                                     const LoadProgress& progress);

@@ -54,6 +54,7 @@ KvConfig size_kv(const EngineConfig& config, const KvBudget& budget) {
   kv.block_size = config.block_size;
   kv.prefix_caching = config.prefix_caching;
   kv.device_blocks = budget.device_blocks;
+  if (config.kv_cache_bytes == 0 && config.num_blocks == 0) kv.resident_blocks = budget.resident_blocks;
   if (config.kv_cache_bytes > 0) kv.device_blocks = config.kv_cache_bytes / budget.bytes_per_block;
   if (config.num_blocks > 0) kv.device_blocks = std::min(config.num_blocks, kMaxBlocks) + 1;
   kv.host_blocks = config.swap_bytes / budget.bytes_per_block;
@@ -114,6 +115,7 @@ Engine::~Engine() = default;
 
 void Engine::submit(RequestInput input) { impl_->loop->submit(std::move(input)); }
 void Engine::abort(std::uint64_t id) { impl_->loop->abort(id); }
+void Engine::abort(std::uint64_t id, int index) { impl_->loop->abort(id, index); }
 bool Engine::poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeout) {
   return impl_->loop->poll(out, timeout);
 }

@@ -31,7 +31,7 @@ void EngineLoop::submit(RequestInput input) {
     std::lock_guard lock(state_mutex_);
     if (refusal_.empty()) {
       ++num_accepted_;
-      Command command{Command::Kind::Submit, std::move(input), 0, now};
+      Command command{Command::Kind::Submit, std::move(input), 0, now, 0};
       inbox_.push(std::move(command));
       return;
     }
@@ -39,13 +39,16 @@ void EngineLoop::submit(RequestInput input) {
   }
   refused.id = input.id;
   refused.finish = FinishReason::Error;
+  refused.error_kind = ErrorKind::Overloaded;
   refused.times.arrival = refused.times.finished = now;
   outbox_.push(std::move(refused));
 }
 
-void EngineLoop::abort(std::uint64_t id) { inbox_.push({Command::Kind::Abort, {}, id, {}}); }
+void EngineLoop::abort(std::uint64_t id) { inbox_.push({Command::Kind::Abort, {}, id, {}, 0}); }
 
-void EngineLoop::reset_prefix_cache() { inbox_.push({Command::Kind::ResetCache, {}, 0, {}}); }
+void EngineLoop::abort(std::uint64_t id, int index) { inbox_.push({Command::Kind::AbortSequence, {}, id, {}, index}); }
+
+void EngineLoop::reset_prefix_cache() { inbox_.push({Command::Kind::ResetCache, {}, 0, {}, 0}); }
 
 EngineStats EngineLoop::stats() const {
   std::lock_guard lock(state_mutex_);
@@ -67,7 +70,7 @@ void EngineLoop::shutdown() {
   }
   std::lock_guard lock(join_mutex_);
   if (!thread_.joinable()) return;
-  inbox_.push({Command::Kind::Stop, {}, 0, {}});
+  inbox_.push({Command::Kind::Stop, {}, 0, {}, 0});
   thread_.join();
 }
 
@@ -114,6 +117,9 @@ void EngineLoop::obey(std::vector<Command>& commands) {
       case Command::Kind::Abort:
         scheduler_.abort(command.id, Clock::now());
         break;
+      case Command::Kind::AbortSequence:
+        scheduler_.abort_sequence(command.id, command.index, Clock::now());
+        break;
       case Command::Kind::ResetCache:
         scheduler_.reset_prefix_cache();
         break;
@@ -148,7 +154,7 @@ void EngineLoop::fill_masks(const Step& step) {
       seq.req->mask->fill(bits);
     } catch (const std::exception& e) {
       std::ranges::fill(bits, ~0u);
-      scheduler_.fail(seq, std::string("The token mask failed: ") + e.what(), Clock::now());
+      scheduler_.fail(seq, ErrorKind::Invalid, std::string("The token mask failed: ") + e.what(), Clock::now());
     }
   }
   executor_->set_masks(step.plan.id, masks_);
@@ -169,21 +175,24 @@ void EngineLoop::fault(const std::string& sentence) {
   if (scheduler_.kv().snapshot().used > 0) block_leaks_ = scheduler_.kv().snapshot().used;
 }
 
-// Hands out what this turn produced: one lock of each mailbox and one event at most.
+// Hands out what this turn produced: one event at most. The statistics come first, so that who saw a delta sees its
+// counts; the end of a drain comes last, so that it finds every delta delivered.
 void EngineLoop::publish() {
   if (scheduler_.idle()) block_leaks_ = std::max(block_leaks_, scheduler_.kv().snapshot().used);
   scheduler_.take_deltas(deltas_);
-  outbox_.push_all(deltas_);
-  std::lock_guard lock(state_mutex_);
-  scheduler_.fill_stats(stats_);
-  stats_.block_leaks = block_leaks_;
-  stats_.healthy = fault_.empty();
-  last_turn_ = Clock::now();
-  asleep_ = false;
-  if (num_ended_ != scheduler_.num_ended()) {
-    num_ended_ = scheduler_.num_ended();
-    ended_.notify_all();
+  {
+    std::lock_guard lock(state_mutex_);
+    scheduler_.fill_stats(stats_);
+    stats_.block_leaks = block_leaks_;
+    stats_.healthy = fault_.empty();
+    last_turn_ = Clock::now();
+    asleep_ = false;
   }
+  outbox_.push_all(deltas_);
+  if (num_ended_ == scheduler_.num_ended()) return;
+  std::lock_guard lock(state_mutex_);
+  num_ended_ = scheduler_.num_ended();
+  ended_.notify_all();
 }
 
 }  // namespace fastllm

@@ -35,6 +35,7 @@ class EngineLoop {
 
   void submit(RequestInput input);
   void abort(std::uint64_t id);
+  void abort(std::uint64_t id, int index);
   bool poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeout) {
     return outbox_.wait_take_for(out, timeout);
   }
@@ -46,10 +47,11 @@ class EngineLoop {
 
  private:
   struct Command {
-    enum class Kind : std::uint8_t { Submit, Abort, ResetCache, Stop } kind = Kind::Stop;
+    enum class Kind : std::uint8_t { Submit, Abort, AbortSequence, ResetCache, Stop } kind = Kind::Stop;
     RequestInput input;    // Submit
-    std::uint64_t id = 0;  // Abort
-    TimePoint arrival{};
+    std::uint64_t id = 0;  // Abort, AbortSequence
+    TimePoint arrival{};   // Submit
+    int index = 0;         // AbortSequence
   };
 
   void run();

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
 
 #include "sched/step_plan.h"
@@ -15,6 +16,8 @@ struct KvBudget {
   std::int64_t bytes_per_block = 0;  // over all ranks
   std::int64_t device_blocks = 0;    // the reserved block 0 included
   std::int64_t host_blocks = 0;
+  // Idle cached blocks give way before more than this many blocks are touched, unless the user sized the pool.
+  std::int64_t resident_blocks = std::numeric_limits<std::int64_t>::max();
 };
 
 class Executor {

@@ -78,9 +78,14 @@ class LocalExecutor final : public Executor {
   }
 
   KvBudget profile() override {
-    std::int64_t bytes_per_block = 0;
-    for (const auto& rank : ranks_) bytes_per_block += rank->worker->block_bytes();
-    return kv_budget(config_, bytes_per_block, ranks_[0]->worker->device().memory_free);
+    std::int64_t bytes_per_block = 0, weight_bytes = 0;
+    for (const auto& rank : ranks_) {
+      bytes_per_block += rank->worker->block_bytes();
+      weight_bytes += rank->worker->weight_bytes();
+    }
+    KvBudget budget = kv_budget(config_, bytes_per_block, ranks_[0]->worker->device().memory_free);
+    budget.resident_blocks = weight_bytes / bytes_per_block;
+    return budget;
   }
 
   void init_kv(std::int64_t device_blocks, std::int64_t host_blocks) override {

@@ -28,6 +28,7 @@ class Worker {
          const LoadProgress& progress);
 
   std::int64_t block_bytes() const { return decoder_.kv_shape().block_bytes(); }
+  std::int64_t weight_bytes() const { return decoder_.weight_bytes(); }
   DeviceInfo device() const { return backend_->info(); }
   void init_kv(std::int64_t device_blocks, std::int64_t host_blocks);
 

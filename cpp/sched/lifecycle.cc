@@ -28,16 +28,17 @@ const std::string* find_error(const StepResult& result, std::int32_t sample) {
 
 void Scheduler::add(RequestInput input, TimePoint arrival) {
   if (live_.contains(input.id)) {
-    return refuse(input.id, "id " + std::to_string(input.id) + " belongs to a request that still runs.", arrival);
+    return refuse(input.id, ErrorKind::Invalid,
+                  "id " + std::to_string(input.id) + " belongs to a request that still runs.", arrival);
   }
   if (config_.max_waiting > 0 && num_unstarted_ >= config_.max_waiting) {
-    return refuse(input.id,
+    return refuse(input.id, ErrorKind::Overloaded,
                   "The engine is full: " + std::to_string(num_unstarted_) + " requests wait, and max_waiting is " +
                       std::to_string(config_.max_waiting) + ".",
                   arrival);
   }
   if (std::string error = admission_error(input, limits_); !error.empty()) {
-    return refuse(input.id, std::move(error), arrival);
+    return refuse(input.id, ErrorKind::Invalid, std::move(error), arrival);
   }
   auto request = std::make_unique<Request>();
   request->id = input.id;
@@ -79,7 +80,19 @@ void Scheduler::abort(std::uint64_t id, TimePoint now) {
   if (it == live_.end()) return;
   Request& request = *it->second;
   request.aborted = true;
-  end_request(request, FinishReason::Abort, {}, now);
+  end_request(request, FinishReason::Abort, ErrorKind::None, {}, now);
+  destroy_if_unused(request);
+}
+
+void Scheduler::abort_sequence(std::uint64_t id, int index, TimePoint now) {
+  const auto it = live_.find(id);
+  if (it == live_.end() || index < 0 || static_cast<std::size_t>(index) >= it->second->seqs.size()) return;
+  Request& request = *it->second;
+  Sequence& seq = *request.seqs[static_cast<std::size_t>(index)];
+  if (seq.state == SeqState::Finished) return;
+  request.aborted = request.num_live == 1;
+  end_sequence(seq, FinishReason::Abort, ErrorKind::None, {}, now);
+  retire_if_ended(request);
   destroy_if_unused(request);
 }
 
@@ -88,14 +101,14 @@ void Scheduler::abort_all(TimePoint now) {
 }
 
 void Scheduler::fail_all(const std::string& sentence, TimePoint now) {
-  while (!live_.empty()) fail(*live_.begin()->second->seqs[0], sentence, now);
+  while (!live_.empty()) fail(*live_.begin()->second->seqs[0], ErrorKind::Engine, sentence, now);
   swap_outs_.clear();
   steps_in_flight_ = 0;
 }
 
-void Scheduler::fail(Sequence& seq, const std::string& sentence, TimePoint now) {
+void Scheduler::fail(Sequence& seq, ErrorKind kind, const std::string& sentence, TimePoint now) {
   Request& request = *seq.req;
-  end_request(request, FinishReason::Error, sentence, now);
+  end_request(request, FinishReason::Error, kind, sentence, now);
   destroy_if_unused(request);
 }
 
@@ -122,7 +135,7 @@ void Scheduler::on_result(const Step& step, const StepResult& result, TimePoint 
       if (seq.state == SeqState::Finished) {
         // The token came too late: an earlier one, the caller or an error ended the sequence.
       } else if (const std::string* error = find_error(result, sample)) {
-        end_request(request, FinishReason::Error, *error, now);
+        end_request(request, FinishReason::Error, ErrorKind::Invalid, *error, now);
       } else {
         apply_token(seq, result.tokens.at(k), plan.max_logprobs >= 0 ? &result.logprobs.at(k) : nullptr, now);
       }
@@ -149,11 +162,12 @@ void Scheduler::apply_token(Sequence& seq, TokenId token, const PositionLogprobs
     try {
       request.mask->accept(token);
     } catch (const std::exception& e) {
-      return end_request(request, FinishReason::Error, std::string("The token mask failed: ") + e.what(), now);
+      return end_request(request, FinishReason::Error, ErrorKind::Invalid,
+                         std::string("The token mask failed: ") + e.what(), now);
     }
   }
   const FinishReason reason = reason_to_stop(seq, token);
-  if (reason != FinishReason::None) finish(seq, reason, now);
+  if (reason != FinishReason::None) finish(seq, now);
   TokenDelta& delta = new_delta(seq);
   delta.tokens.push_back(token);
   if (logprobs && request.sampling->logprobs >= 0)
@@ -175,9 +189,8 @@ FinishReason Scheduler::reason_to_stop(const Sequence& seq, TokenId token) const
 }
 
 // Takes everything from the sequence but its memory. The delta is the caller's.
-void Scheduler::finish(Sequence& seq, FinishReason reason, TimePoint now) {
+void Scheduler::finish(Sequence& seq, TimePoint now) {
   assert(seq.state != SeqState::Finished);
-  assert(reason != FinishReason::None);
   if (seq.queued) dequeue(seq);
   if (seq.state == SeqState::Running) {
     kv_.publish(seq.kv, seq.tokens, seq.num_computed);
@@ -196,23 +209,30 @@ void Scheduler::finish(Sequence& seq, FinishReason reason, TimePoint now) {
   --num_live_seqs_;
 }
 
+void Scheduler::end_sequence(Sequence& seq, FinishReason reason, ErrorKind kind, const std::string& sentence,
+                             TimePoint now) {
+  finish(seq, now);
+  TokenDelta& delta = new_delta(seq);
+  delta.finish = reason;
+  delta.error = sentence;
+  delta.error_kind = kind;
+}
+
 // The object stays valid until destroy_if_unused().
-void Scheduler::end_request(Request& request, FinishReason reason, const std::string& sentence, TimePoint now) {
+void Scheduler::end_request(Request& request, FinishReason reason, ErrorKind kind, const std::string& sentence,
+                            TimePoint now) {
   for (const auto& seq : request.seqs) {
-    if (seq->state == SeqState::Finished) continue;
-    finish(*seq, reason, now);
-    TokenDelta& delta = new_delta(*seq);
-    delta.finish = reason;
-    delta.error = sentence;
+    if (seq->state != SeqState::Finished) end_sequence(*seq, reason, kind, sentence, now);
   }
   retire_if_ended(request);
 }
 
-void Scheduler::refuse(std::uint64_t id, std::string sentence, TimePoint arrival) {
+void Scheduler::refuse(std::uint64_t id, ErrorKind kind, std::string sentence, TimePoint arrival) {
   ++num_ended_;
   TokenDelta& delta = deltas_.emplace_back();
   delta.id = id;
   delta.finish = FinishReason::Error;
+  delta.error_kind = kind;
   delta.error = std::move(sentence);
   delta.times.arrival = delta.times.finished = arrival;
 }

@@ -34,7 +34,7 @@ bool Scheduler::schedule(Step& step, TimePoint now) {
     // Admission lets everything in that fits the pool alone, so this is the safety net against waiting for ever.
     if (steps_in_flight_ == 0 && !waiting_.empty()) {
       Sequence& head = **waiting_.begin();
-      fail(head,
+      fail(head, ErrorKind::Engine,
            "The request needs " + std::to_string(kv_.num_blocks_for(head.num_tokens())) + " KV blocks, but only " +
                std::to_string(kv_.num_free()) + " can be had; raise num_blocks or kv_cache_bytes.",
            now);
@@ -239,7 +239,7 @@ void Scheduler::expire(TimePoint now) {
   while (!deadlines_.empty() && (*deadlines_.begin())->deadline < now) {
     Request& request = **deadlines_.begin();
     const auto waited = std::chrono::duration_cast<std::chrono::milliseconds>(now - request.seqs[0]->times.arrival);
-    end_request(request, FinishReason::Error,
+    end_request(request, FinishReason::Error, ErrorKind::Timeout,
                 "The request waited " + std::to_string(waited.count()) + " ms and its deadline passed.", now);
     destroy_if_unused(request);
   }

@@ -47,6 +47,7 @@ class Scheduler {
   // A bad or excess request ends at once with an Error delta.
   void add(RequestInput input, TimePoint arrival);
   void abort(std::uint64_t id, TimePoint now);
+  void abort_sequence(std::uint64_t id, int index, TimePoint now);
   void abort_all(TimePoint now);
   // Ends every request with this sentence and expects no more results: for a fault of the executor. What the steps in
   // flight may still read stays until the scheduler's end.
@@ -56,7 +57,7 @@ class Scheduler {
   bool schedule(Step& step, TimePoint now);
   void on_result(const Step& step, const StepResult& result, TimePoint now);
   // Ends one request with Error while the rest goes on.
-  void fail(Sequence& seq, const std::string& sentence, TimePoint now);
+  void fail(Sequence& seq, ErrorKind kind, const std::string& sentence, TimePoint now);
 
   // What happened since the last call; replaces `out`.
   void take_deltas(std::vector<TokenDelta>& out);
@@ -113,9 +114,10 @@ class Scheduler {
   // lifecycle.cc: from arrival to destruction
   void apply_token(Sequence& seq, TokenId token, const PositionLogprobs* logprobs, TimePoint now);
   FinishReason reason_to_stop(const Sequence& seq, TokenId token) const;
-  void finish(Sequence& seq, FinishReason reason, TimePoint now);
-  void end_request(Request& request, FinishReason reason, const std::string& sentence, TimePoint now);
-  void refuse(std::uint64_t id, std::string sentence, TimePoint arrival);
+  void finish(Sequence& seq, TimePoint now);
+  void end_sequence(Sequence& seq, FinishReason reason, ErrorKind kind, const std::string& sentence, TimePoint now);
+  void end_request(Request& request, FinishReason reason, ErrorKind kind, const std::string& sentence, TimePoint now);
+  void refuse(std::uint64_t id, ErrorKind kind, std::string sentence, TimePoint arrival);
   void retire_if_ended(Request& request);
   void destroy_if_unused(Request& request);
   void mark_started(Request& request);

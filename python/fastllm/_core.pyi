@@ -91,6 +91,7 @@ class TokenDelta:
     stop_token: int | None
     cached_tokens: int
     error: str
+    error_kind: str | None  # None | "invalid" | "overloaded" | "timeout" | "engine"
     # time.monotonic() seconds: arrival, first scheduled, first token, finished; 0.0 while unknown
     times: tuple[float, float, float, float]
 
@@ -124,9 +125,7 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
     ) -> Engine: ...
     @staticmethod
-    def open(
-        config: EngineConfig, bundle_dir: str, progress: Callable[[int, int], None] | None = None
-    ) -> Engine: ...
+    def open(config: EngineConfig, bundle_dir: str, progress: Callable[[int, int], None] | None = None) -> Engine: ...
     @staticmethod
     def create_null(
         config: EngineConfig, vocab: int = 32000, max_len: int = 4096, eos: Sequence[int] = (), step_us: int = 0
@@ -147,7 +146,8 @@ class Engine:
 
         mask: an object with fill(bits: NDArray[uint32]) and accept(token: int); see TokenMask.
         """
-    def abort(self, id: int) -> None: ...
+    def abort(self, id: int, index: int | None = None) -> None:
+        """Ends a request, or one sample of it."""
     def poll(self, timeout_s: float = 0.0) -> list[TokenDelta]:
         """Everything since the last poll; the GIL is released while it waits."""
     def event_fd(self) -> int: ...

@@ -159,7 +159,7 @@ class OutputProcessor:
         ) = delta.times
         state.num_cached_tokens = max(state.num_cached_tokens, delta.cached_tokens)
         if delta.finish == "error":
-            state.error = RequestError(delta.error, kind_of_error(delta.error))
+            state.error = RequestError(delta.error, delta.error_kind or "engine")
             return
         if state.prompt_logprobs is not None and delta.prompt_logprobs:
             state.prompt_logprobs += [self._position(p) for p in delta.prompt_logprobs]
@@ -193,18 +193,3 @@ class OutputProcessor:
             token: Logprob(logprob, rank, self._tokenizer.token_str(token))
             for token, logprob, rank in [chosen, *alternatives]
         }
-
-
-def kind_of_error(message: str) -> str:
-    """Which kind of RequestError the core's sentence is."""
-    for kind, words in _KINDS:
-        if any(word in message for word in words):
-            return kind
-    return "engine"
-
-
-_KINDS = (
-    ("timeout", ("deadline passed",)),
-    ("overloaded", ("is full", "draining", "shut down")),
-    ("invalid", (", but ", "in use")),
-)

@@ -40,6 +40,8 @@ class FASTLLM_API Engine {
   void submit(RequestInput input);
   // Idempotent; unknown ids are ignored. Every live sequence of the request ends with finish = Abort.
   void abort(std::uint64_t id);
+  // The same for one of the request's sequences; the others run on.
+  void abort(std::uint64_t id, int index);
   // Everything since the last poll. Waits up to `timeout` for something; false if nothing came.
   bool poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeout);
   // Readable when poll() would return at once; written once per step. Owned by the engine.

@@ -27,6 +27,15 @@ enum class FinishReason : std::uint8_t {
   Error,   // TokenDelta::error says why
 };
 
+// Whose fault an Error is, so that a server can answer with the right status.
+enum class ErrorKind : std::uint8_t {
+  None,
+  Invalid,     // the request itself
+  Overloaded,  // refused for lack of room or because the engine is stopping; another try may succeed
+  Timeout,     // its deadline passed while it waited
+  Engine,      // a fault inside
+};
+
 // How to choose the next token. The order is vLLM's: raw log-probabilities are taken first, then logit bias and
 // min_tokens, penalties, temperature, min_p, top_k, top_p.
 struct SamplingParams {
@@ -91,7 +100,8 @@ struct TokenDelta {
   TokenId stop_token = -1;  // the id that ended the sequence, when finish is Stop
   int cached_tokens = 0;    // prompt tokens served by the prefix cache, at first admission
   std::string error;        // a sentence, when finish is Error
-  RequestTimes times;       // filled as known
+  ErrorKind error_kind = ErrorKind::None;
+  RequestTimes times;  // filled as known
 };
 
 enum class SchedulingPolicy : std::uint8_t { Fcfs, Priority };

@@ -41,6 +41,21 @@ TEST(BlockAllocator, EvictsCachedBlocksOnlyWithoutBlanksLeastRecentlyReleasedFir
   EXPECT_EQ(pool.num_free(), 0);
 }
 
+TEST(BlockAllocator, IdleCacheGivesWayBeforeMoreThanTheResidentBlocksAreTouched) {
+  BlockAllocator pool(8, 1, 2);
+  const BlockId a = pool.alloc(), b = pool.alloc();
+  pool.unref(a, true);
+  pool.unref(b, true);
+  EXPECT_EQ(pool.alloc(), a);  // the least recently released, not block 3
+  EXPECT_EQ(pool.alloc(), b);
+  EXPECT_EQ(pool.alloc(), BlockId{3});  // both are in use: the pool grows
+  pool.unref(a, false);
+  pool.unref(b, true);
+  EXPECT_EQ(pool.alloc(), a);  // a used blank block is better than a cached one
+  EXPECT_EQ(pool.alloc(), b);
+  EXPECT_EQ(pool.num_free(), 4);
+}
+
 TEST(BlockAllocator, ACachedBlockCanBeTakenBackFromTheMiddleOfItsList) {
   BlockAllocator pool(4, 1);
   const BlockId a = pool.alloc(), b = pool.alloc(), c = pool.alloc();

@@ -17,7 +17,8 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 
 KvConfig kv_of(const SimConfig& c) {
-  return {c.engine.num_blocks + 1, c.host_blocks, c.engine.block_size, c.engine.prefix_caching, c.hash};
+  return {c.engine.num_blocks + 1, c.host_blocks, c.engine.block_size,
+          c.engine.prefix_caching, c.hash,        c.resident_blocks};
 }
 
 std::unique_ptr<EngineLoop> start(const SimConfig& c, std::unique_ptr<Executor> executor) {

@@ -58,6 +58,7 @@ class RandomRun {
     c.engine.policy = pick(0, 1) ? SchedulingPolicy::Fcfs : SchedulingPolicy::Priority;
     c.engine.preemption = pick(0, 1) ? PreemptionMode::Swap : PreemptionMode::Recompute;
     c.host_blocks = pick(0, 40);
+    if (pick(0, 1) == 0) c.resident_blocks = pick(0, 60);
     c.model.max_len = 64;
     c.model.vocab = 200;
     c.model.eos = {3, 33};

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -34,6 +35,7 @@ struct SimConfig {
   NullModel model;
   std::int64_t host_blocks = 0;
   PrefixHash hash = hash_prefix;
+  std::int64_t resident_blocks = std::numeric_limits<std::int64_t>::max();
 };
 
 // A small engine: blocks of 4 tokens, 64 of them.
@@ -51,7 +53,8 @@ inline SimConfig small_config() {
 class Sim {
  public:
   explicit Sim(const SimConfig& c)
-      : kv_{c.engine.num_blocks + 1, c.host_blocks, c.engine.block_size, c.engine.prefix_caching, c.hash},
+      : kv_{c.engine.num_blocks + 1, c.host_blocks, c.engine.block_size,
+            c.engine.prefix_caching, c.hash,        c.resident_blocks},
         ring_(static_cast<std::size_t>(c.engine.async_depth)),
         vocab_(c.model.vocab),
         scheduler_(c.engine, {c.model.vocab, c.model.max_len, c.model.eos}, kv_),
