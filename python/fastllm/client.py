@@ -183,8 +183,8 @@ class EngineClient:
     def poll(self, timeout_s: float = 0.0) -> list[RequestState]:
         """The requests that changed since the last poll."""
         changed, to_abort = self._outputs.process(self.core.poll(timeout_s))
-        for core_id in to_abort:
-            self.core.abort(core_id)
+        for core_id, index in to_abort:
+            self.core.abort(core_id, index)
         for state in changed:
             if state.finished:
                 self._by_name.pop(state.request_id, None)

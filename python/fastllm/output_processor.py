@@ -129,27 +129,27 @@ class OutputProcessor:
         self._eos = frozenset(eos_token_ids)
         self.requests: dict[int, RequestState] = {}
 
-    def process(self, deltas: Sequence[_core.TokenDelta]) -> tuple[list[RequestState], list[int]]:
-        """The requests that changed, in order of their first delta, and the core ids to abort.
+    def process(self, deltas: Sequence[_core.TokenDelta]) -> tuple[list[RequestState], list[tuple[int, int]]]:
+        """The requests that changed, in order of their first delta, and the samples to abort: (core id, index).
 
-        A request is to be aborted when stop strings ended all its samples, which only text can tell. Finished ones
-        are forgotten.
+        A sample is to be aborted when a stop string ended it, which only text can tell. Finished requests are
+        forgotten.
         """
         changed: dict[int, RequestState] = {}
-        to_abort: list[int] = []
+        to_abort: list[tuple[int, int]] = []
         for delta in deltas:
             state = self.requests.get(delta.id)
             if state is not None:
-                self._apply(state, delta)
+                if self._apply(state, delta):
+                    to_abort.append((delta.id, delta.index))
                 changed[delta.id] = state
         for core_id, state in changed.items():
             if state.finished:
                 del self.requests[core_id]
-                if state.error is not None or any(s.detokenizer and s.detokenizer.stop_reason for s in state.sequences):
-                    to_abort.append(core_id)
         return list(changed.values()), to_abort
 
-    def _apply(self, state: RequestState, delta: _core.TokenDelta) -> None:
+    def _apply(self, state: RequestState, delta: _core.TokenDelta) -> bool:
+        """True if text ended a sample that the core still runs."""
         metrics = state.metrics
         (
             metrics.arrival_time,
@@ -160,12 +160,14 @@ class OutputProcessor:
         state.num_cached_tokens = max(state.num_cached_tokens, delta.cached_tokens)
         if delta.finish == "error":
             state.error = RequestError(delta.error, delta.error_kind or "engine")
-            return
+            return False
         if state.prompt_logprobs is not None and delta.prompt_logprobs:
             state.prompt_logprobs += [self._position(p) for p in delta.prompt_logprobs]
         sequence = state.sequences[delta.index]
         if sequence.finish_reason is None:
             self._extend(sequence, state.params, delta)
+            return sequence.finish_reason is not None and delta.finish is None
+        return False
 
     def _extend(self, sequence: SequenceState, params: SamplingParams, delta: _core.TokenDelta) -> None:
         tokens, stop_token = list(delta.tokens), delta.stop_token
