@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from fastllm.server import chat, completions, info
+from fastllm.server.connection import Runner
 from fastllm.server.middleware import current_request_id, outermost
 from fastllm.server.state import STATE_KEY, ServerState
 
@@ -64,10 +65,11 @@ class Server:
     def __init__(self, state: ServerState, load: Callable[[], AsyncLLM], *, root_path: str = "") -> None:
         self.state = state
         self._load = load
-        self._runner = web.AppRunner(
+        self._runner = Runner(
             create_app(state, root_path),
             handler_cancellation=True,  # a client that goes away aborts its request
             access_log=None,
+            auto_decompress=False,  # a small body could become gigabytes, on the event loop
             keepalive_timeout=state.limits.keepalive_timeout_s,
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,

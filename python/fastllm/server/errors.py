@@ -23,6 +23,7 @@ _KINDS: dict[int, tuple[str, str | None]] = {
     417: ("invalid_request_error", "expectation_failed"),
     422: ("invalid_request_error", None),
     429: ("rate_limit_error", "rate_limit_exceeded"),
+    431: ("invalid_request_error", "headers_too_large"),
     500: ("server_error", "internal_error"),
     503: ("overloaded_error", "unavailable"),
     504: ("overloaded_error", "timeout"),
@@ -90,7 +91,7 @@ _HTTP_SENTENCES = {
 }
 
 
-def from_http_exception(exc: web.HTTPException, request: web.Request) -> web.Response:
+def from_http_exception(exc: web.HTTPException, request: web.BaseRequest) -> web.Response:
     sentence = _HTTP_SENTENCES.get(exc.status, exc.reason or "The request failed.")
     error = ApiError(exc.status, sentence.format(method=request.method[:16], path=request.path[:100]))
     allow = exc.headers.get("Allow")

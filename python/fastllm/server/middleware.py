@@ -27,8 +27,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def current_request_id() -> str:
-    """The id of the request this task answers."""
-    return _request_id.get()
+    """The id of the request this task answers; a fresh one where the middleware was never reached."""
+    return _request_id.get("") or uuid.uuid4().hex
 
 
 def _choose_id(request: web.Request) -> str:
