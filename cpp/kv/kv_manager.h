@@ -45,7 +45,7 @@ struct KvSnapshot {
 struct KvConfig {
   std::int64_t device_blocks = 0;  // the reserved block 0 included
   std::int64_t host_blocks = 0;
-  int block_size = 16;                                                      // tokens
+  int block_size = 16;  // tokens
   bool prefix_caching = true;
   PrefixHash hash = hash_prefix;
   std::int64_t resident_blocks = std::numeric_limits<std::int64_t>::max();  // see BlockAllocator
