@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from fastllm import _core
 
 _GREEDY_BELOW = 1e-5  # temperatures under this are greedy
+_MIN_TOP_P = 2.0**-150  # the core computes in fp32, where anything up to this rounds to 0
+_MAX_TOP_K = 2**31 - 1  # no vocabulary is larger, so a larger top_k means the same: every token
 
 
 class RequestOutputKind(Enum):
@@ -84,7 +86,7 @@ class SamplingParams:
             raise ValueError(f"repetition_penalty must be greater than zero, got {self.repetition_penalty}.")
         if not _is_number(self.temperature) or not 0.0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be non-negative, got {self.temperature}.")
-        if not _is_number(self.top_p) or not 0.0 < self.top_p <= 1.0:
+        if not _is_number(self.top_p) or not _MIN_TOP_P < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
         if not _is_int(self.top_k) or self.top_k < -1:
             raise ValueError(f"top_k must be 0 (disable), or at least 1, got {self.top_k}.")
@@ -122,7 +124,12 @@ class SamplingParams:
             raise ValueError("stop strings are only supported when detokenize is True.")
 
     def clone(self) -> SamplingParams:
-        return copy.deepcopy(self)
+        """A copy that shares no list or dict with this one; its values are checked already."""
+        twin = copy.copy(self)
+        twin.stop, twin.stop_token_ids = list(self.stop or ()), list(self.stop_token_ids or ())
+        twin.logit_bias = None if self.logit_bias is None else dict(self.logit_bias)
+        twin.logits_processors = None if self.logits_processors is None else list(self.logits_processors)
+        return twin
 
     def check_model(self, *, vocab_size: int, max_logprobs: int) -> None:
         """Raises ValueError for what only the model can tell: ids outside the vocabulary, too many logprobs."""
@@ -152,7 +159,7 @@ class SamplingParams:
             temperature=0.0 if self.temperature < _GREEDY_BELOW else self.temperature,
             top_p=self.top_p,
             min_p=self.min_p,
-            top_k=max(self.top_k, 0),
+            top_k=min(max(self.top_k, 0), _MAX_TOP_K),
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,

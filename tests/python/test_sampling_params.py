@@ -14,6 +14,7 @@ from fastllm import SamplingParams
         ({"temperature": float("nan")}, "temperature must be non-negative, got nan."),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5."),
         ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0."),
+        ({"top_p": 2.0**-150}, r"top_p must be in \(0, 1\], got 7.0"),
         ({"top_k": -2}, r"top_k must be 0 \(disable\), or at least 1, got -2."),
         ({"min_p": 2.0}, r"min_p must be in \[0, 1\], got 2.0."),
         ({"presence_penalty": 3.0}, r"presence_penalty must be in \[-2, 2\], got 3.0."),
@@ -57,3 +58,19 @@ def test_core_gets_what_was_asked() -> None:
     core = params.to_core(max_model_len=100, prompt_len=40)
     assert (core.temperature, core.top_k, core.max_tokens, core.seed) == (0.0, 0, 60, None)
     assert (list(core.stop_ids), core.logprobs, core.prompt_logprobs) == ([7], 0, -1)
+
+
+def test_top_k_beyond_every_vocabulary_means_all_of_it() -> None:
+    for top_k in (2**31 - 1, 2**31, 2**63, 2**80):
+        assert SamplingParams(top_k=top_k).to_core(max_model_len=100, prompt_len=1).top_k == 2**31 - 1
+    assert SamplingParams(top_k=-1).to_core(max_model_len=100, prompt_len=1).top_k == 0
+
+
+def test_clone_is_equal_and_shares_nothing_that_changes() -> None:
+    params = SamplingParams(
+        stop=["a"], stop_token_ids=[1], logit_bias={2: 0.5}, logits_processors=[lambda ids, row: row]
+    )
+    twin = params.clone()
+    assert twin == params
+    for name in ("stop", "stop_token_ids", "logit_bias", "logits_processors"):
+        assert getattr(twin, name) is not getattr(params, name)
