@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -68,6 +69,13 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
 
         given = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([_dashed(a) for a in given], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """One sentence and the flag that was probably meant, instead of the names of all flags."""
+        unknown = re.findall(r"--[\w-]+", message.partition("unrecognized arguments: ")[2])
+        meant = [m for flag in unknown for m in difflib.get_close_matches(flag, self._option_string_actions, 1)]
+        hint = f" (did you mean {', '.join(meant)}?)" if meant else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n{self.prog} --help lists everything.\n")
 
 
 def _dashed(argument: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,9 @@ def _guarded(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except UserError as exc:
         print(f"fastllm {args.command}: {exc}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
     except (FastllmError, RequestError, ValueError, OSError) as exc:
         print(f"fastllm {args.command}: {exc}", file=sys.stderr)
         return 1

@@ -107,3 +107,30 @@ def test_chat_shows_the_error_of_the_server(server: RunningServer) -> None:
 def test_port_in_use_is_a_sentence(server: RunningServer) -> None:
     done = fastllm("serve", "null", "--port", str(server.port))
     assert done.returncode == 1 and "cannot listen on 127.0.0.1" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("serve", "null", "--max-model-length", "4"), "did you mean --max-model-len?"),
+        (("serve", "null", "--max-waiting", "-5"), "--max-waiting: must be a whole number"),
+        (("serve", "null", "--body-timeout", "nan"), "--body-timeout: must be seconds"),
+        (("serve", "null", "--port", "65536"), "--port: must be a port"),
+        (("generate", "null", "--temperature", "hot"), "--temperature: invalid float value: 'hot'"),
+        (("generate",), "MODEL"),
+    ],
+)
+def test_wrong_flags_are_one_sentence_and_a_hint(args: tuple[str, ...], words: str) -> None:
+    done = fastllm(*args)
+    assert done.returncode == 2 and words in done.stderr
+    assert len(done.stderr.splitlines()) == 2 and "--help" in done.stderr
+
+
+def test_reader_that_closes_the_pipe_ends_the_command_quietly() -> None:
+    command = [sys.executable, "-m", "fastllm", "generate", "null", "--prompt", "Hello", "--max-model-len", "4k"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 1 and process.stderr.read() == b""
+    process.stderr.close()

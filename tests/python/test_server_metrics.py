@@ -57,6 +57,57 @@ def test_counters_equal_what_clients_were_told(server: RunningServer) -> None:
     assert server.metric("fastllm:kv_block_leaks_total") == 0
 
 
+def test_exposition_parses_and_counters_only_grow(server: RunningServer) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    def scrape() -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        text = server.ask("GET", "/metrics").body.decode()
+        values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        for family in text_string_to_metric_families(text):
+            assert family.documentation and family.type in ("counter", "gauge", "histogram"), family.name
+            for sample in family.samples:
+                key = (sample.name, tuple(sorted(sample.labels.items())))
+                assert key not in values, f"{key} twice"
+                values[key] = sample.value
+                kinds[sample.name] = family.type
+            if family.type == "histogram":
+                buckets = [s.value for s in family.samples if s.name.endswith("_bucket")]
+                assert buckets == sorted(buckets)
+                assert buckets[-1] == next(s.value for s in family.samples if s.name.endswith("_count"))
+        return values
+
+    kinds: dict[str, str] = {}
+    before = scrape()
+    for stream in (False, True):
+        server.complete(max_tokens=20, n=2, stream=stream)
+        server.complete(max_tokens=0)
+        after = scrape()
+        assert before.keys() == after.keys(), "series come and go"
+        for key, value in after.items():
+            if kinds[key[0]] != "gauge":
+                assert value >= before[key], key
+        before = after
+    server.wait_idle()
+    for (name, _), value in scrape().items():
+        if name.startswith(
+            ("vllm:num_requests", "vllm:kv_cache_usage", "vllm:gpu_cache_usage", "fastllm:kv_blocks_used")
+        ):
+            assert value == 0, name
+
+
+def test_both_generations_of_names_agree(server: RunningServer) -> None:
+    server.complete(max_tokens=20, ignore_eos=True)
+    new, old = (
+        server.metric(f"vllm:{name}_count") for name in ("inter_token_latency_seconds", "time_per_output_token_seconds")
+    )
+    assert new == old > 0
+    sources = [
+        server.metric("vllm:prompt_tokens_by_source_total", source=source)
+        for source in ("local_compute", "local_cache_hit")
+    ]
+    assert sum(sources) == server.metric("vllm:prompt_tokens_total") > 0
+
+
 def test_no_label_comes_from_a_request(server: RunningServer) -> None:
     server.complete(user="canary", cache_salt="canary", max_tokens=1)
     server.ask("GET", "/canary")

@@ -53,13 +53,13 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits", "What one request, or all of them together, may ask for.")
     defaults = {field.name: field.default for field in fields(Limits)}
     for name, (metavar, text) in _LIMIT_FLAGS.items():
-        kind = float if name.endswith("_s") else int
+        kind = _seconds if name.endswith("_s") else _count
         flag = "--" + name.removesuffix("_s").replace("_", "-")
         limits.add_argument(flag, dest=name, type=kind, default=defaults[name], metavar=metavar, help=text)
     life = parser.add_argument_group("life and logs")
     life.add_argument(
         "--shutdown-timeout",
-        type=float,
+        type=_seconds,
         default=30.0,
         metavar="SECONDS",
         help="time for accepted requests to finish after SIGTERM or Ctrl-C",
@@ -105,6 +105,22 @@ def make_parser(prog: str, *, positional_model: bool) -> argparse.ArgumentParser
 
 def limits_from(args: argparse.Namespace) -> Limits:
     return Limits(**{name: getattr(args, name) for name in _LIMIT_FLAGS})
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"must be seconds, 0 or more, got {text!r}")
+    return value
 
 
 def _port(text: str) -> int:

@@ -115,16 +115,16 @@ class _Call:
             rest = await first_then_rest(updates)
             await events.open()
             try:
-                for index in range(self.body.n or 1):
-                    chunk = self._chunk([ChatChunkChoice(index, Delta(self.role, ""))], usage())
-                    if self.body.return_token_ids and index == 0:
-                        chunk.prompt_token_ids = self.job.prompt_ids
-                    await events.send(chunk)
+                opening = [ChatChunkChoice(index, Delta(self.role, "")) for index in range(self.body.n or 1)]
+                chunks = [self._chunk([choice], usage()) for choice in opening]
+                if self.body.return_token_ids:
+                    chunks[0].prompt_token_ids = self.job.prompt_ids
+                await events.send(*chunks)
                 async for _, output in rest:
                     self.counter.add(0, output)
-                    for sample in output.outputs:
-                        for choice in self._delta_choices(sample):
-                            await events.send(self._chunk([choice], usage()))
+                    choices = [choice for sample in output.outputs for choice in self._delta_choices(sample)]
+                    if choices:
+                        await events.send(*(self._chunk([choice], usage()) for choice in choices))
             except ConnectionError:
                 raise
             except Exception as exc:

@@ -133,13 +133,15 @@ class _Call:
             try:
                 async for number, output in rest:
                     self._count(number, output)
+                    usage = self.counter.usage() if continuous else None if include_usage else UNSET
+                    chunks: list[CompletionResponse] = []
                     for sample in output.outputs:
                         choice = self._delta_choice(number, output, sample, offsets, started)
-                        if choice is None:
-                            continue
-                        chunk = self._response([choice])
-                        chunk.usage = self.counter.usage() if continuous else None if include_usage else UNSET
-                        await events.send(chunk)
+                        if choice is not None:
+                            chunks.append(self._response([choice]))
+                            chunks[-1].usage = usage
+                    if chunks:
+                        await events.send(*chunks)
             except ConnectionError:
                 raise
             except Exception as exc:

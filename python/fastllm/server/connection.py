@@ -39,8 +39,8 @@ class Connection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answers what never reached a handler; the connection closes after it."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("the answer has begun; there is no place for an error")
+        if request.writer.output_size > 0 or isinstance(exc, ConnectionError):
+            raise ConnectionError("nobody can be told: the answer has begun or the client is gone") from exc
         request_id = uuid.uuid4().hex
         if isinstance(exc, HttpProcessingError):
             error = _not_http(status, exc)

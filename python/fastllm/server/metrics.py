@@ -17,7 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from fastllm.server.histogram import HISTOGRAMS, make_histograms
+from fastllm.server.histogram import HISTOGRAMS, Histogram, make_histograms
 
 if TYPE_CHECKING:
     from fastllm.async_llm import AsyncLLM, FinishedRequest, StepReport
@@ -116,6 +116,8 @@ class Metrics(Collector):
         yield self._gauge("gpu_cache_usage_perc", "The older name of kv_cache_usage_perc.", usage)
         yield self._counter("prompt_tokens", "Prompt tokens of requests that produced a token.", self._prompt_tokens)
         yield self._counter("prompt_tokens_cached", "Prompt tokens from the prefix cache.", self._cached_tokens)
+        by_source = {"local_compute": self._prompt_tokens - self._cached_tokens, "local_cache_hit": self._cached_tokens}
+        yield self._labelled("prompt_tokens_by_source", "Prompt tokens by where their KV is from.", "source", by_source)
         yield self._counter("generation_tokens", "Output tokens.", stats.generated_tokens)
         yield self._counter("num_preemptions", "Preemptions.", stats.num_preemptions)
         yield self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_queries)
@@ -129,9 +131,9 @@ class Metrics(Collector):
         yield rejections
         yield self._config_info(stats.total_blocks)
         for name, histogram in self._histograms.items():
-            family = HistogramMetricFamily(f"vllm:{name}", HISTOGRAMS[name][1], labels=["model_name", "engine"])
-            family.add_metric([self._name, "0"], histogram.cumulative(), histogram.sum)
-            yield family
+            yield self._histogram(name, HISTOGRAMS[name][1], histogram)
+        tokens = self._histograms["inter_token_latency_seconds"]
+        yield self._histogram("time_per_output_token_seconds", "The older name of inter_token_latency_seconds.", tokens)
         yield self._counter("kv_block_leaks", "Blocks in use while idle; stays 0.", stats.block_leaks, "fastllm")
         yield self._counter("engine_steps", "Engine steps.", stats.num_steps, "fastllm")
         yield self._gauge("kv_blocks", "KV blocks.", stats.total_blocks, "fastllm")
@@ -154,6 +156,11 @@ class Metrics(Collector):
     def _counter(self, name: str, text: str, value: float, prefix: str = "vllm") -> Metric:
         family = CounterMetricFamily(f"{prefix}:{name}", text, labels=["model_name", "engine"])
         family.add_metric([self._name, "0"], value)
+        return family
+
+    def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
+        family = HistogramMetricFamily(f"vllm:{name}", text, labels=["model_name", "engine"])
+        family.add_metric([self._name, "0"], histogram.cumulative(), histogram.sum)
         return family
 
     def _labelled(self, name: str, text: str, label: str, values: dict[str, int]) -> Metric:

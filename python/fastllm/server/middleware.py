@@ -52,6 +52,8 @@ async def outermost(request: web.Request, handler: Handler) -> web.StreamRespons
             response = exc.response()
         except web.HTTPException as exc:
             response = from_http_exception(exc, request)
+        except ConnectionError:
+            raise
         except Exception:
             logger.exception("request %s failed", request_id)
             response = internal_error().response()

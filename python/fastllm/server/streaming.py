@@ -37,20 +37,20 @@ class EventStream:
     async def open(self) -> None:
         await self._response.prepare(self._request)
 
-    async def send(self, chunk: msgspec.Struct) -> None:
-        await self.send_bytes(_encode(chunk))
+    async def send(self, *chunks: msgspec.Struct) -> None:
+        """One write, and one packet while they fit, for all the chunks of an update."""
+        await self._write(b"".join(b"data: %b\n\n" % _encode(chunk) for chunk in chunks))
 
-    async def send_bytes(self, data: bytes) -> None:
-        event = b"data: " + data + b"\n\n"
+    async def _write(self, data: bytes) -> None:
         transport = self._request.transport
         if transport is None:
             raise ConnectionResetError("the client is gone")
         if transport.get_write_buffer_size() < _STALL_BYTES:
-            await self._response.write(event)
+            await self._response.write(data)
             return
         try:
             async with time_limit(self._timeout):
-                await self._response.write(event)
+                await self._response.write(data)
         except TimeoutError:
             transport.abort()
             raise ConnectionResetError("the client stopped reading") from None
@@ -60,11 +60,11 @@ class EventStream:
         if not isinstance(exc, ApiError):
             logger.error("request %s failed while streaming", current_request_id(), exc_info=exc)
             exc = internal_error()
-        await self.send_bytes(exc.payload())
+        await self._write(b"data: %b\n\n" % exc.payload())
         await self._response.write_eof()
         return self._response
 
     async def done(self) -> web.StreamResponse:
-        await self.send_bytes(b"[DONE]")
+        await self._write(b"data: [DONE]\n\n")
         await self._response.write_eof()
         return self._response
