@@ -111,8 +111,8 @@ def _deltas(engine: LLMEngine, prompt: str | list[int], params: SamplingParams) 
         engine.abort_request("terminal")
 
 
-def _print(pieces: Iterator[str]) -> str:
-    """Shows the pieces as they come and returns them joined; Ctrl-C ends the answer, not the program."""
+def _print(pieces: Iterator[str], *, interactive: bool = False) -> str:
+    """Shows the pieces as they come and returns them joined; `interactive`: Ctrl-C ends only the answer."""
     text: list[str] = []
     try:
         for piece in pieces:
@@ -120,6 +120,8 @@ def _print(pieces: Iterator[str]) -> str:
             sys.stdout.write(piece)
             sys.stdout.flush()
     except KeyboardInterrupt:
+        if not interactive:
+            raise
         sys.stderr.write(" [stopped]")
     sys.stdout.write("\n")
     sys.stdout.flush()
@@ -159,7 +161,7 @@ def _turn(talker: Talker, messages: list[Message], text: str) -> list[Message]:
     """One question and its answer; what fails is reported and not remembered."""
     asked = [*messages, {"role": "user", "content": text}]
     try:
-        return [*asked, {"role": "assistant", "content": _print(talker.answer(asked))}]
+        return [*asked, {"role": "assistant", "content": _print(talker.answer(asked), interactive=True)}]
     except (RequestError, ValueError) as exc:
         print(f"fastllm chat: {exc}", file=sys.stderr)
         return messages

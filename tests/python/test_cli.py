@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -124,6 +125,16 @@ def test_wrong_flags_are_one_sentence_and_a_hint(args: tuple[str, ...], words: s
     done = fastllm(*args)
     assert done.returncode == 2 and words in done.stderr
     assert len(done.stderr.splitlines()) == 2 and "--help" in done.stderr
+
+
+def test_interrupted_generation_says_so_with_its_status() -> None:
+    command = [sys.executable, "-m", "fastllm", "generate", "null", "--prompt", "Hello", "--max-model-len", "1M"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in error
 
 
 def test_reader_that_closes_the_pipe_ends_the_command_quietly() -> None:

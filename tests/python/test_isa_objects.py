@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def isa_objects() -> list[Path]:
-    """Kernel objects of every build folder: FASTLLM_BUILD_DIR, else build*/ of the source tree."""
+    """Kernel objects of FASTLLM_BUILD_DIR, else of the release builds in the source tree, CMake's and pip's."""
     given = os.environ.get("FASTLLM_BUILD_DIR")
-    folders = [Path(given)] if given else sorted(ROOT.glob("build*"))
+    folders = [Path(given)] if given else [ROOT / "build" / "release", *sorted((ROOT / "build").glob("cp3*"))]
     return [o for f in folders for o in sorted(f.glob("**/fastllm_cpu_*.dir/**/*.o"))]
 
 

@@ -229,6 +229,9 @@ def test_request_id_is_returned_on_every_answer(server: RunningServer) -> None:
     assert reply.headers["X-Request-Id"] == "mine-2" and reply.json["id"] == "cmpl-mine-2"
     streamed = server.ask("POST", COMPLETIONS, body | {"stream": True}, headers={"X-Request-Id": "mine-3"})
     assert streamed.headers["X-Request-Id"] == "mine-3" and streamed.events[0]["id"] == "cmpl-mine-3"
+    assert server.complete(request_id="mine-4", max_tokens=1).json["id"] == "cmpl-mine-4"
+    assert server.chat(request_id="mine-5", max_tokens=1).json["id"] == "chatcmpl-mine-5"
+    assert "<" not in server.complete(request_id="<b>", max_tokens=1).json["id"]
     for bad in ("a b", "../x", "x" * 129, "a;b"):
         assert server.ask("GET", "/health", headers={"X-Request-Id": bad}).headers["X-Request-Id"] != bad
 

@@ -81,6 +81,25 @@ def test_256_concurrent_streams_each_get_their_own_tokens() -> None:
         server.wait_idle()
 
 
+def test_large_batch_does_not_hold_up_others() -> None:
+    with running_server({"check_invariants": False}) as server:
+
+        async def work() -> int:
+            async with aiohttp.ClientSession() as session:
+                body = {"prompt": ["a b c " * 600] * 900, "max_tokens": 1}
+                batch = asyncio.ensure_future(ask(session, "POST", server.url + COMPLETIONS, body))
+                answers = 0
+                while server.state.active_requests == 0:
+                    await asyncio.sleep(0)
+                while not batch.done() and server.state.llm.stats().prompt_tokens == 0:
+                    assert (await ask(session, "GET", server.url + "/live")).status == 200
+                    answers += 1
+                assert (await batch).status == 200
+                return answers
+
+        assert asyncio.run(work()) >= 10, "nobody was answered while the prompts of a batch were tokenised"
+
+
 def test_full_queue_is_a_429_with_retry_after() -> None:
     with running_server({"max_num_seqs": 2}, limits=Limits(max_waiting=1)) as server:
 

@@ -46,7 +46,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
         ids = truncate_ids(state, ids, body.truncate_prompt_tokens)
         admission.check_tokens(state, ids, "messages")
         job = Job(ids, sampling_params(state, body, len(ids), "messages"))
-        call = _Call(state, body, job, wire_id("chatcmpl", request))
+        call = _Call(state, body, job, wire_id("chatcmpl", request, body.request_id))
         if body.stream:
             return await call.stream(request)
         return web.Response(body=await call.answer(), content_type="application/json", charset="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from fastllm.server import admission
 from fastllm.server.body import read_json
 from fastllm.server.generation import Job, UsageCounter, accepted, collect, first_then_rest, run
 from fastllm.server.logprobs import completion_logprobs, prompt_logprobs
-from fastllm.server.middleware import current_request_id
+from fastllm.server.middleware import harmless_id
 from fastllm.server.params import sampling_params
 from fastllm.server.prompts import encode_prompt, prompt_text
 from fastllm.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse
@@ -24,10 +25,10 @@ from fastllm.server.state import STATE_KEY, ServerState
 from fastllm.server.streaming import EventStream
 
 
-def wire_id(prefix: str, request: web.Request) -> str:
-    """`prefix-` and the client's own request id, or 16 hex digits where it sent none."""
-    own = current_request_id()
-    return f"{prefix}-{own if request.headers.get('X-Request-Id') == own else uuid.uuid4().hex[:16]}"
+def wire_id(prefix: str, request: web.Request, given: str | None) -> str:
+    """`prefix-` and the client's own id, from its header or else its body; 16 hex digits where it sent none."""
+    own = harmless_id(request.headers.get("X-Request-Id")) or harmless_id(given)
+    return f"{prefix}-{own or uuid.uuid4().hex[:16]}"
 
 
 async def handle(request: web.Request) -> web.StreamResponse:
@@ -41,8 +42,11 @@ async def handle(request: web.Request) -> web.StreamResponse:
     admission.check_open(state)
     admission.check_queue(state, sequences)
     with accepted(state, sequences):
-        jobs = [await _job(state, body, prompt) for prompt in prompts]
-        call = _Call(state, body, jobs, wire_id("cmpl", request))
+        jobs: list[Job] = []
+        for prompt in prompts:
+            jobs.append(await _job(state, body, prompt))
+            await asyncio.sleep(0)  # between the prompts of a batch others get their turn
+        call = _Call(state, body, jobs, wire_id("cmpl", request, body.request_id))
         if body.stream:
             return await call.stream(request)
         return web.Response(body=await call.answer(), content_type="application/json", charset="utf-8")

@@ -98,8 +98,11 @@ async def run(
         else:
             await queue.put((number, None))
 
-    tasks = [asyncio.create_task(pump(number, job)) for number, job in enumerate(jobs)]
+    tasks: list[asyncio.Task[None]] = []
     try:
+        for number, job in enumerate(jobs):
+            tasks.append(asyncio.create_task(pump(number, job)))
+            await asyncio.sleep(0)  # one submission a turn: other requests go on in between
         left = len(tasks)
         while left:
             number, item = await queue.get()

@@ -31,16 +31,15 @@ def current_request_id() -> str:
     return _request_id.get("") or uuid.uuid4().hex
 
 
-def _choose_id(request: web.Request) -> str:
-    """The client's X-Request-Id where it is harmless, else a fresh one."""
-    given = request.headers.get("X-Request-Id", "")
-    return given if _VALID_ID.match(given) else uuid.uuid4().hex
+def harmless_id(given: str | None) -> str | None:
+    """An id that a client chose, if it may stand in logs, headers and answers."""
+    return given if given and _VALID_ID.match(given) else None
 
 
 @web.middleware
 async def outermost(request: web.Request, handler: Handler) -> web.StreamResponse:
     state = request.app[STATE_KEY]
-    request_id = _choose_id(request)
+    request_id = harmless_id(request.headers.get("X-Request-Id")) or uuid.uuid4().hex
     _request_id.set(request_id)
     start = time.monotonic()
     status = 499  # the client went away before there was an answer

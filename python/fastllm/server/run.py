@@ -24,13 +24,16 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "fastllm serve", positional_model: bool = False) -> int:
     """Serves until SIGTERM or Ctrl-C. Returns 0 after a clean stop, 1 if the model cannot be loaded."""
-    parser = make_parser(prog, positional_model=positional_model)
-    args = parser.parse_args(argv)
-    if positional_model and args.model_tag:
-        args.model = args.model_tag
-    if bool(args.ssl_keyfile) != bool(args.ssl_certfile):
-        parser.error("--ssl-keyfile and --ssl-certfile go together")
-    return run_server(args, parser)
+    try:
+        parser = make_parser(prog, positional_model=positional_model)
+        args = parser.parse_args(argv)
+        if positional_model and args.model_tag:
+            args.model = args.model_tag
+        if bool(args.ssl_keyfile) != bool(args.ssl_certfile):
+            parser.error("--ssl-keyfile and --ssl-certfile go together")
+        return run_server(args, parser)
+    except KeyboardInterrupt:  # before the server takes its signals
+        return 130
 
 
 def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -43,7 +46,9 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     try:
         engine_args = EngineArgs.from_cli_args(args)
         context = _ssl_context(args)
-    except (ValueError, OSError) as exc:
+    except OSError as exc:
+        parser.error(f"the TLS certificate or key cannot be read: {exc.strerror or exc}")
+    except ValueError as exc:
         parser.error(str(exc))
 
     def load() -> AsyncLLM:
