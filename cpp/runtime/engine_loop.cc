@@ -6,6 +6,7 @@
 
 #include "fastllm/error.h"
 #include "sched/invariants.h"
+#include "sched/merge_deltas.h"
 
 namespace fastllm {
 
@@ -49,6 +50,12 @@ void EngineLoop::abort(std::uint64_t id) { inbox_.push({Command::Kind::Abort, {}
 void EngineLoop::abort(std::uint64_t id, int index) { inbox_.push({Command::Kind::AbortSequence, {}, id, {}, index}); }
 
 void EngineLoop::reset_prefix_cache() { inbox_.push({Command::Kind::ResetCache, {}, 0, {}, 0}); }
+
+bool EngineLoop::poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeout) {
+  if (!outbox_.wait_take_for(out, timeout)) return false;
+  merge_deltas(out);
+  return true;
+}
 
 EngineStats EngineLoop::stats() const {
   std::lock_guard lock(state_mutex_);

@@ -36,9 +36,7 @@ class EngineLoop {
   void submit(RequestInput input);
   void abort(std::uint64_t id);
   void abort(std::uint64_t id, int index);
-  bool poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeout) {
-    return outbox_.wait_take_for(out, timeout);
-  }
+  bool poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeout);
   int event_fd() const { return event_.fd(); }
   EngineStats stats() const;
   void reset_prefix_cache();

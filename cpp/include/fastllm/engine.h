@@ -42,7 +42,7 @@ class FASTLLM_API Engine {
   void abort(std::uint64_t id);
   // The same for one of the request's sequences; the others run on.
   void abort(std::uint64_t id, int index);
-  // Everything since the last poll. Waits up to `timeout` for something; false if nothing came.
+  // Everything since the last poll, one delta per sequence. Waits up to `timeout` for something; false if nothing came.
   bool poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeout);
   // Readable when poll() would return at once; written once per step. Owned by the engine.
   int event_fd() const;

@@ -52,5 +52,17 @@ TEST(KvBudget, test_too_little_memory_is_a_sentence_with_settings_that_work) {
   EXPECT_EQ(kv_budget(c, kMiB, kGiB).device_blocks, 64);
 }
 
+TEST(KvBudget, test_a_pool_beyond_the_free_memory_is_refused_with_a_size_that_fits) {
+  for (const EngineConfig& c : {config(100, 1, 11 * kGiB), config(100, 1, 0, 11 * 1024), config(100, 1, INT64_MAX)}) {
+    try {
+      kv_budget(c, kMiB, 10 * kGiB);
+      FAIL() << "no error";
+    } catch (const ResourceError& e) {
+      EXPECT_NE(std::string(e.what()).find("--kv-cache-memory-bytes " + std::to_string(9 * kGiB)), std::string::npos)
+          << e.what();
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastllm
