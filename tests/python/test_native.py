@@ -44,11 +44,11 @@ def test_cpp_tests_pass(native_build: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def bundle(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fastllm.export import export
 
     out = tmp_path_factory.mktemp("bundle") / "tiny"
-    export(str(tiny_llama), str(out), dtype="float32")
+    export(str(llama), str(out), dtype="float32")
     return out
 
 
@@ -56,10 +56,10 @@ PROMPT = [3, 17, 42, 5, 99, 23, 7]
 
 
 @pytest.fixture(scope="session")
-def python_tokens(tiny_llama: Path) -> list[int]:
+def python_tokens(llama: Path) -> list[int]:
     from fastllm import LLM, SamplingParams
 
-    llm = LLM(str(tiny_llama), dtype="float32", max_num_seqs=4)
+    llm = LLM(str(llama), dtype="float32", max_num_seqs=4)
     params = SamplingParams(temperature=0, max_tokens=24, detokenize=False)
     (out,) = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
     return list(out.outputs[0].token_ids)

@@ -24,38 +24,46 @@ LONG = {"prompt": "Hello", "max_tokens": CONTEXT - 100, "ignore_eos": True}
 COMPLETIONS = "/v1/completions"
 
 
-async def _leave_midway(session: aiohttp.ClientSession, url: str, stream: bool) -> None:
-    """Sends a request that would run for very long and closes the connection while it does."""
-    body = json.dumps(LONG | {"stream": stream}).encode()
-    headers = {"Content-Type": "application/json"}
-    if stream:
-        async with session.post(url + COMPLETIONS, data=body, headers=headers) as response:
-            assert response.status == 200
-            await response.content.readline()
-            response.close()
-    else:
-        with suppress(asyncio.TimeoutError):
-            await session.post(url + COMPLETIONS, data=body, headers=headers, timeout=aiohttp.ClientTimeout(total=0.3))
+async def _leave_mid_stream(session: aiohttp.ClientSession, url: str) -> None:
+    """Reads the first event of a stream that would run for very long and closes the connection."""
+    async with session.post(url + COMPLETIONS, json=LONG | {"stream": True}) as response:
+        assert response.status == 200
+        await response.content.readline()
+        response.close()
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_200_clients_that_leave_free_everything(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
-    # 64 run at once, so most of those that leave are still waiting.
+def test_200_clients_that_leave_mid_stream_free_everything() -> None:
+    # 64 run at once, so most of those that leave leave others waiting.
     with running_server({"max_num_seqs": 64, "check_invariants": False}) as server:
 
         async def work() -> None:
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-                await asyncio.gather(
-                    *(_leave_midway(session, server.url, stream) for _ in range(64 if stream else 200))
-                )
-                if stream:
-                    for _ in range(3):
-                        await asyncio.gather(*(_leave_midway(session, server.url, stream) for _ in range(48)))
+                for clients in (64, 48, 48, 48):
+                    await asyncio.gather(*(_leave_mid_stream(session, server.url) for _ in range(clients)))
 
         asyncio.run(work())
         server.wait_idle()
-        assert server.metric("vllm:request_success_total", finished_reason="abort") >= 190
-        assert not [record for record in caplog.records if record.exc_info], "a lost client is no fault of the server"
+        assert server.metric("vllm:request_success_total", finished_reason="abort") == 208
+        server.check_alive()
+
+
+def test_200_clients_that_leave_before_the_answer_free_everything() -> None:
+    with running_server({"max_num_seqs": 64, "check_invariants": False}) as server:
+
+        def live() -> float:
+            return server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting")
+
+        async def work() -> None:
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+                posts = [asyncio.ensure_future(session.post(server.url + COMPLETIONS, json=LONG)) for _ in range(200)]
+                await asyncio.to_thread(wait_until, lambda: live() == 200, 60)
+                for post in posts:
+                    post.cancel()
+                await asyncio.gather(*posts, return_exceptions=True)
+
+        asyncio.run(work())
+        server.wait_idle()
+        assert server.metric("vllm:request_success_total", finished_reason="abort") == 200
         server.check_alive()
 
 
@@ -91,13 +99,13 @@ def test_large_batch_does_not_hold_up_others() -> None:
                 answers = 0
                 while server.state.active_requests == 0:
                     await asyncio.sleep(0)
-                while not batch.done() and server.state.llm.stats().prompt_tokens == 0:
+                while not batch.done():
                     assert (await ask(session, "GET", server.url + "/live")).status == 200
                     answers += 1
                 assert (await batch).status == 200
                 return answers
 
-        assert asyncio.run(work()) >= 10, "nobody was answered while the prompts of a batch were tokenised"
+        assert asyncio.run(work()) >= 10, "hardly anybody was answered while a batch was tokenised and submitted"
 
 
 def test_full_queue_is_a_429_with_retry_after() -> None:

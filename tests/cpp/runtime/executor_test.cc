@@ -93,8 +93,8 @@ class Driver {
   }
 
  private:
+  StepPlan plan_;  // outlives the executor, which may still read it
   std::unique_ptr<Executor> executor_;
-  StepPlan plan_;
   std::uint64_t next_id_ = 1;
 };
 
