@@ -19,6 +19,7 @@ from fastllm.config import ModelConfig, sampling_defaults
 from fastllm.engine_args import EngineArgs
 from fastllm.errors import InvalidArgument, LoadError
 from fastllm.loader.model import ModelFiles, open_model
+from fastllm.loader.tensors import PageRelease
 from fastllm.logits import core_processor
 from fastllm.output_processor import OutputProcessor, RequestState
 from fastllm.outputs import TokensPrompt
@@ -65,7 +66,13 @@ class EngineClient:
         if files.is_bundle:
             core = _core.Engine.open(core_config, str(files.path), progress.update)
         else:
-            core = _core.Engine.create(core_config, files.spec_json, core_bindings(files), progress.update)
+            pages = PageRelease(t for b in files.bindings for t in b.sources)
+
+            def update(done: int, total: int) -> None:
+                progress.update(done, total)
+                pages.update(done, total)
+
+            core = _core.Engine.create(core_config, files.spec_json, core_bindings(files), update)
         progress.close()
         log.info("Loaded %s in %.1f s.", args.model, time.monotonic() - started)
         config = ModelConfig(

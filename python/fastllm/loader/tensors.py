@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,3 +28,23 @@ def map_file(path: Path) -> memoryview:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+class PageRelease:
+    """Lets go of the physical pages of mapped tensors every so many bytes, so that loading does not keep the checkpoint
+    in memory beside the packed weights. Pages that are needed again come back from the file."""
+
+    _EVERY = 64 << 20  # bytes
+
+    def __init__(self, tensors: Iterable[FileTensor]) -> None:
+        maps = {id(t.data.obj): t.data.obj for t in tensors if isinstance(t.data.obj, mmap.mmap)}
+        self._maps = list(maps.values()) if hasattr(mmap, "MADV_DONTNEED") else []
+        self._next = self._EVERY
+
+    def update(self, done: int, total: int) -> None:
+        """`done` of `total` bytes were read."""
+        if done < self._next and done < total:
+            return
+        self._next = done + self._EVERY
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
