@@ -138,7 +138,7 @@ def test_interrupted_generation_says_so_with_its_status() -> None:
 
 
 def test_reader_that_closes_the_pipe_ends_the_command_quietly() -> None:
-    command = [sys.executable, "-m", "fastllm", "generate", "null", "--prompt", "Hello", "--max-model-len", "4k"]
+    command = [sys.executable, "-m", "fastllm", "generate", "null", "--prompt", "Hello", "--max-model-len", "1M"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.read(1)
