@@ -136,6 +136,7 @@ def _add_model_flags(parser: argparse.ArgumentParser, *, optional: bool) -> None
     for name, kind, metavar, text in _SAMPLING_FLAGS:
         sampling.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; repeatable")
+    sampling.add_argument("--ignore-eos", action="store_true", default=None, help="go on to the token limit")
     sampling.add_argument("--sampling-seed", type=int, metavar="N", help="makes the answer repeatable")
     EngineArgs.add_cli_args(parser)
 
@@ -153,7 +154,7 @@ def _engine_args(args: argparse.Namespace) -> EngineArgs:
 
 def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling flags that were given, by the API's names."""
-    names = [name.replace("-", "_") for name, *_ in _SAMPLING_FLAGS] + ["stop"]
+    names = [name.replace("-", "_") for name, *_ in _SAMPLING_FLAGS] + ["stop", "ignore_eos"]
     fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.sampling_seed is not None:
         fields["seed"] = args.sampling_seed
