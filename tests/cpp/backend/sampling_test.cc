@@ -115,7 +115,11 @@ TEST_P(Sampling, filters_keep_exactly_the_oracle_s_tokens_in_a_large_vocabulary)
                        filters(1, 0.999f, 0.01f, 0)};
   for (SampleRow& row : cases) {
     row.seed = random.bits();
-    const auto want = oracle(logits, row);
+    // A token whose cumulative probability meets a bound to the last bits of fp32 may fall on either side of it.
+    SampleRow loose = row;
+    loose.top_p = std::min(1.0f, row.top_p * (1 + 1e-4f));
+    loose.min_p = row.min_p * (1 - 1e-4f);
+    const auto want = oracle(logits, loose);
     for (const auto& [token, count] : draws(logits, row, 256))
       EXPECT_GT(want[static_cast<std::size_t>(token)], 0.0) << "token " << token << " drawn " << count << " times";
   }
