@@ -77,7 +77,7 @@ Cut filter(const Kernels& k, std::span<const float> x, const SampleRow& row, flo
   const auto greater = [](const auto& a, const auto& b) {  // ties by lower id
     return a.first != b.first ? a.first > b.first : a.second < b.second;
   };
-  if (by_k && static_cast<std::int64_t>(near.size()) > row.top_k) {
+  if (by_k && static_cast<std::int64_t>(near.size()) >= row.top_k) {
     const auto kth = near.begin() + row.top_k - 1;
     std::nth_element(near.begin(), kth, near.end(), greater);
     cut = {kth->first, kAllIds};

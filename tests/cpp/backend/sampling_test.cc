@@ -121,8 +121,18 @@ TEST_P(Sampling, filters_keep_exactly_the_oracle_s_tokens_in_a_large_vocabulary)
     loose.min_p = row.min_p * (1 - 1e-4f);
     const auto want = oracle(logits, loose);
     for (const auto& [token, count] : draws(logits, row, 256))
-      EXPECT_GT(want[static_cast<std::size_t>(token)], 0.0) << "token " << token << " drawn " << count << " times";
+      EXPECT_GT(want[static_cast<std::size_t>(token)], 0.0)
+          << "token " << token << " drawn " << count << " times; top_k " << row.top_k << ", top_p " << row.top_p
+          << ", logit " << logits.get(0, token);
   }
+}
+
+TEST_P(Sampling, top_k_holds_when_exactly_k_tokens_are_near_the_greatest) {
+  Array logits = Array(DType::F32, 1, 5000).fill(random, 0.01f);
+  for (int i = 0; i < 50; ++i) logits.set(0, 90 * i, 5.0f + 0.01f * static_cast<float>(i));
+  SampleRow row = filters(1, 1, 0, 50);  // the other tokens hold two fifths of the mass, 5 nats below
+  row.seed = random.bits();
+  for (const auto& [token, count] : draws(logits, row, 256)) EXPECT_EQ(token % 90, 0) << count << " times";
 }
 
 TEST_P(Sampling, a_draw_depends_on_seed_and_position_only) {
