@@ -1,0 +1,330 @@
+// out[m, n] = x[m, k] w[n, k]^T for m <= 32, bf16 weights, or act(gate) * up of the two halves of n.
+//
+//   for (t < m) for (r < n) { s = 0; for (i < k) s += x[t][i] * w[r][i];  out[t][r] = s + bias[r] (+ out[t][r]); }
+//
+// Cost: 2nk bytes of weights, read once. Everything else is arranged around never letting these reads stop:
+//   - a grid of resident blocks; each group of `k_warps` warps walks over tiles of 8 * strips weight rows;
+//   - within a tile, warp i of the group takes every k_warps-th chunk of 64 columns. Partial sums meet in shared memory
+//     and are added in the order of the warps;
+//   - every thread copies exactly the weights that it multiplies to its own slots of shared memory, several chunks
+//     ahead and across tiles, so the queue needs no barriers and never drains. Weights are constants: the queue is
+//     filled before pdl_wait(), under the kernel before this one;
+//   - x is read through L1, one chunk ahead.
+//
+// One m16n8k16 product takes 16 columns: x is A (16 tokens), the weights are B (8 rows). Which columns these are does
+// not matter as long as A and B agree, so that lane 4g + t takes 8 adjacent columns of row g, 16 bytes at once:
+//
+//   columns of a chunk    0      8      16     24     32     40     48     56
+//   lane % 4 (t), half    t=0,0  t=1,0  t=2,0  t=3,0  t=0,1  t=1,1  t=2,1  t=3,1     2 products per half
+//
+// Benchmark: --benchmark_filter=Gemm
+#include <algorithm>
+#include <cmath>
+
+#include "launch.cuh"
+#include "ptx.cuh"
+#include "skinny.h"
+
+namespace fastllm::cuda {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kChunk = 64;         // columns
+constexpr int kQueuedStrips = 12;  // strips of one chunk that each warp has under way: 12 KB
+constexpr int kNotGated = -1;
+
+// Shared memory: the queue, then the partial sums of every warp, [8 * tokens8][8 * strips].
+constexpr std::size_t kQueueBytes = std::size_t{kQueuedStrips} * 2 * 16 * kThreads;
+constexpr std::size_t shared_bytes(int strips, int tokens8) {
+  return kQueueBytes + std::size_t{kWarps} * 64 * sizeof(float) * static_cast<std::size_t>(strips * tokens8);
+}
+
+struct Params {
+  void* out;
+  const __nv_bfloat16* x;
+  const __nv_bfloat16* w;
+  const float* bias;
+  std::int64_t ldo, ldx, k;
+  int n, m;    // n: rows of w
+  int tiles;   // of 8 * strips rows of w
+  int chunks;  // of k
+  int k_warps;
+  int gated;  // an Activation, or kNotGated
+  bool out_f32, accumulate;
+};
+
+__device__ __forceinline__ float activate(float x, Activation act) {
+  switch (act) {
+    case Activation::Silu:
+      return __fdividef(x, 1.0f + __expf(fminf(-x, 85.0f)));
+    case Activation::Gelu:
+      return 0.5f * x * (1.0f + erff(0.70710678f * x));
+    case Activation::GeluTanh: {
+      const float y = 1.59576912f * fmaf(x * x * x, 0.044715f, x);
+      return __fdividef(x, 1.0f + __expf(fminf(-y, 85.0f)));
+    }
+    case Activation::Relu:
+      return fmaxf(x, 0.0f);
+  }
+  return x;
+}
+
+// Among the k_warps warps of one group. Constant numbers, or each block takes all 16 hardware barriers.
+__device__ __forceinline__ void group_barrier(int group, int k_warps) {
+  const int threads = 32 * k_warps;
+  if (k_warps == 1) {
+    __syncwarp();
+  } else if (group == 0) {
+    asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+  } else if (group == 1) {
+    asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory");
+  } else if (group == 2) {
+    asm volatile("bar.sync 3, %0;" ::"r"(threads) : "memory");
+  } else {
+    asm volatile("bar.sync 4, %0;" ::"r"(threads) : "memory");
+  }
+}
+
+__device__ __forceinline__ void store_result(const Params& p, int token, int col, float v) {
+  const std::int64_t at = token * p.ldo + col;
+  if (p.out_f32) {
+    float* out = static_cast<float*>(p.out) + at;
+    if (p.accumulate) {
+      atomicAdd(out, v);  // one addend per element: only to be rid of waiting for the old value
+    } else {
+      *out = v;
+    }
+  } else {
+    __nv_bfloat16* out = static_cast<__nv_bfloat16*>(p.out) + at;
+    *out = __float2bfloat16_rn(p.accumulate ? v + __bfloat162float(*out) : v);
+  }
+}
+
+// Tokens8: groups of 8 rows of x, 1, 2 or 4.
+template <int Strips, int Tokens8>
+__global__ __launch_bounds__(kThreads, Tokens8 < 4 ? 2 : 1) void skinny_kernel(const Params p) {
+  constexpr int kStages = kQueuedStrips / Strips;
+  constexpr int kTileRows = 8 * Strips;            // of w
+  constexpr int kProducts = (Tokens8 + 1) / 2;     // of 16 tokens
+  constexpr int kPartial = 64 * Tokens8 * Strips;  // floats of one warp
+
+  extern __shared__ uint4 shared[];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int group = warp / p.k_warps, split = warp % p.k_warps;
+  const int first_tile = group * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  const int tile_step = kWarps / p.k_warps * static_cast<int>(gridDim.x);
+  const bool gated = p.gated != kNotGated;
+  const int tile_cols = gated ? kTileRows / 2 : kTileRows;  // of out
+  const int out_cols = gated ? p.n / 2 : p.n;
+
+  // The queue: slot s holds half u of strip j at queue[((s * Strips + j) * 2 + u) * kThreads].
+  uint4* const queue = shared + threadIdx.x;
+  int next_tile = split < p.chunks ? first_tile : p.tiles, next_chunk = split;  // to be copied
+  const __nv_bfloat16* rows[Strips];                                            // of next_tile
+  auto find_rows = [&] {
+#pragma unroll
+    for (int j = 0; j < Strips; ++j) {
+      const int local = 8 * j + g;
+      const bool upper = gated && local >= tile_cols;
+      const int row = min(next_tile * tile_cols + (upper ? local - tile_cols : local), out_cols - 1);
+      rows[j] = p.w + (upper ? row + out_cols : row) * p.k;
+    }
+  };
+  auto refill = [&](int slot) {
+    if (next_tile < p.tiles) {
+      const int col = next_chunk * kChunk + 8 * t;
+#pragma unroll
+      for (int j = 0; j < Strips; ++j) {
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const bool inside = col + 32 * u < p.k;
+          cp_async16(queue + ((slot * Strips + j) * 2 + u) * kThreads, rows[j] + (inside ? col + 32 * u : 0), inside);
+        }
+      }
+      next_chunk += p.k_warps;
+      if (next_chunk >= p.chunks) {
+        next_chunk = split;
+        next_tile += tile_step;
+        find_rows();
+      }
+    }
+    cp_async_commit();
+  };
+  find_rows();
+#pragma unroll
+  for (int s = 0; s < kStages; ++s) refill(s);
+  pdl_launch();
+  pdl_wait();
+
+  // Half u of the chunk, token 8i + g.
+  auto load_x = [&](uint4(&x)[Tokens8][2], int chunk) {
+#pragma unroll
+    for (int i = 0; i < Tokens8; ++i) {
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const int token = 8 * i + g, col = chunk * kChunk + 32 * u + 8 * t;
+        x[i][u] = token < p.m && col < p.k ? *reinterpret_cast<const uint4*>(p.x + token * p.ldx + col)
+                                           : make_uint4(0, 0, 0, 0);
+      }
+    }
+  };
+  uint4 x[Tokens8][2];
+  load_x(x, split);
+  int slot = 0;
+  float* const partials = reinterpret_cast<float*>(shared + kQueueBytes / sizeof(uint4));
+  float* const mine = partials + warp * kPartial;
+  const float* const first = partials + group * p.k_warps * kPartial;  // of the group
+
+  for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
+    float sums[Strips][kProducts][4] = {};
+    for (int chunk = split; chunk < p.chunks; chunk += p.k_warps) {
+      uint4 next_x[Tokens8][2];
+      load_x(next_x, chunk + p.k_warps < p.chunks ? chunk + p.k_warps : split);
+      cp_async_wait<kStages - 1>();
+#pragma unroll
+      for (int j = 0; j < Strips; ++j) {
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const uint4 w = queue[((slot * Strips + j) * 2 + u) * kThreads];
+#pragma unroll
+          for (int q = 0; q < kProducts; ++q) {
+            const uint4 low = x[2 * q][u];
+            const uint4 high = Tokens8 > 1 ? x[(2 * q + 1) % Tokens8][u] : make_uint4(0, 0, 0, 0);
+            mma_bf16(sums[j][q], {low.x, high.x, low.y, high.y}, w.x, w.y);
+            mma_bf16(sums[j][q], {low.z, high.z, low.w, high.w}, w.z, w.w);
+          }
+        }
+      }
+      refill(slot);
+      slot = slot + 1 == kStages ? 0 : slot + 1;
+#pragma unroll
+      for (int i = 0; i < Tokens8; ++i) {
+        x[i][0] = next_x[i][0];
+        x[i][1] = next_x[i][1];
+      }
+    }
+
+    group_barrier(group, p.k_warps);  // the partial sums of the tile before have been read
+#pragma unroll
+    for (int q = 0; q < kProducts; ++q) {
+#pragma unroll
+      for (int h = 0; h < 2 && 2 * q + h < Tokens8; ++h) {
+#pragma unroll
+        for (int j = 0; j < Strips; ++j) {
+          float* to = mine + (16 * q + 8 * h + g) * kTileRows + 8 * j + 2 * t;
+          *reinterpret_cast<float2*>(to) = make_float2(sums[j][q][2 * h], sums[j][q][2 * h + 1]);
+        }
+      }
+    }
+    group_barrier(group, p.k_warps);
+    for (int i = 32 * split + lane; i < p.m * tile_cols; i += 32 * p.k_warps) {
+      const int token = i / tile_cols, local = i % tile_cols, col = tile * tile_cols + local;
+      if (col >= out_cols) continue;
+      const float* part = first + token * kTileRows + local;
+      float v = 0, up = 0;
+#pragma unroll 4
+      for (int s = 0; s < p.k_warps; ++s) {
+        v += part[s * kPartial];
+        if (gated) up += part[s * kPartial + tile_cols];
+      }
+      if (p.bias != nullptr) {
+        v += p.bias[col];
+        if (gated) up += p.bias[out_cols + col];
+      }
+      store_result(p, token, col, gated ? activate(v, static_cast<Activation>(p.gated)) * up : v);
+    }
+  }
+}
+
+using Kernel = void (*)(Params);
+
+Kernel kernel_of(int strips, int tokens8) {
+  switch (tokens8) {
+    case 1:
+      return strips == 1 ? skinny_kernel<1, 1> : strips == 2 ? skinny_kernel<2, 1> : skinny_kernel<4, 1>;
+    case 2:
+      return strips == 1 ? skinny_kernel<1, 2> : strips == 2 ? skinny_kernel<2, 2> : skinny_kernel<4, 2>;
+    default:
+      return strips == 1 ? skinny_kernel<1, 4> : strips == 2 ? skinny_kernel<2, 4> : skinny_kernel<4, 4>;
+  }
+}
+
+int tokens8_of(std::int64_t m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// A rough time in us: only its order matters.
+double estimate(const SkinnyConfig& c, std::int64_t n, std::int64_t k, std::int64_t m, int num_sms) {
+  constexpr double kBytesPerUs = 3e6, kWarpQueue = 12 << 10, kEnoughPerSm = 32 << 10, kTileUs = 0.2, kXWeight = 0.3;
+  const auto tiles = ceil_div(n, 8 * c.strips), chunks = ceil_div(k, kChunk);
+  const std::int64_t blocks = std::int64_t{num_sms} * c.blocks_per_sm, groups = kWarps / c.k_warps;
+  const auto tiles_of_block = ceil_div(tiles, blocks), tiles_of_group = ceil_div(tiles_of_block, groups);
+  const double balance = static_cast<double>(tiles) / static_cast<double>(tiles_of_block * blocks);
+  const double k_balance = static_cast<double>(chunks) / static_cast<double>(ceil_div(chunks, c.k_warps) * c.k_warps);
+  const double warps = static_cast<double>(std::min(tiles, blocks * groups) * c.k_warps);
+  const double flow = std::min(1.0, warps * kWarpQueue / (kEnoughPerSm * num_sms));
+  const double x_cost = 1 + kXWeight * static_cast<double>(m) / (8 * c.strips);
+  return static_cast<double>(2 * n * k) / kBytesPerUs * x_cost / (balance * std::sqrt(k_balance) * flow) +
+         kTileUs * static_cast<double>(tiles_of_group);
+}
+
+}  // namespace
+
+bool is_valid(const SkinnyConfig& c) {
+  auto power_up_to = [](int x, int limit) { return x >= 1 && x <= limit && (x & (x - 1)) == 0; };
+  return power_up_to(c.strips, 4) && power_up_to(c.k_warps, kWarps) && power_up_to(c.blocks_per_sm, 2);
+}
+
+bool skinny_supports(const GemmCall& c) {
+  auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
+  return c.w.dtype == DType::BF16 && c.m >= 1 && c.m <= kSkinnyRows && c.w.k % 8 == 0 && c.ldx % 8 == 0 &&
+         aligned(c.x) && aligned(c.w.data) && c.w.n < (1 << 30);
+}
+
+std::vector<SkinnyConfig> skinny_configs(std::int64_t n, std::int64_t k, std::int64_t m, int num_sms) {
+  std::vector<SkinnyConfig> all;
+  for (const int strips : {1, 2, 4}) {
+    for (const int k_warps : {1, 2, 4, 8}) {
+      for (const int blocks : {1, 2}) all.push_back({strips, k_warps, blocks});
+    }
+  }
+  std::stable_sort(all.begin(), all.end(), [&](const SkinnyConfig& a, const SkinnyConfig& b) {
+    return estimate(a, n, k, m, num_sms) < estimate(b, n, k, m, num_sms);
+  });
+  return all;
+}
+
+bool prepare_skinny(std::size_t shared_per_block) {
+  if (shared_per_block < shared_bytes(4, 4)) return false;
+  for (const int strips : {1, 2, 4}) {
+    for (const int tokens8 : {1, 2, 4}) allow_shared_memory(kernel_of(strips, tokens8), shared_bytes(strips, tokens8));
+  }
+  return true;
+}
+
+void skinny_gemm(const GemmCall& c, std::optional<Activation> gated, const SkinnyConfig& config, int num_sms,
+                 cudaStream_t stream) {
+  const int tokens8 = tokens8_of(c.m);
+  Params p{};
+  p.out = c.out;
+  p.x = static_cast<const __nv_bfloat16*>(c.x);
+  p.w = static_cast<const __nv_bfloat16*>(c.w.data);
+  p.bias = c.bias;
+  p.ldo = c.ldo;
+  p.ldx = c.ldx;
+  p.k = c.w.k;
+  p.n = static_cast<int>(c.w.n);
+  p.m = static_cast<int>(c.m);
+  p.tiles = static_cast<int>(gated ? ceil_div(c.w.n / 2, 4 * config.strips) : ceil_div(c.w.n, 8 * config.strips));
+  p.chunks = static_cast<int>(ceil_div(c.w.k, kChunk));
+  p.k_warps = config.k_warps;
+  p.gated = gated ? static_cast<int>(*gated) : kNotGated;
+  p.out_f32 = c.out_dtype == DType::F32;
+  p.accumulate = c.accumulate;
+  const int blocks = std::min(p.tiles, num_sms * config.blocks_per_sm);
+  launch(kernel_of(config.strips, tokens8), dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+         shared_bytes(config.strips, tokens8), stream, p);
+}
+
+}  // namespace fastllm::cuda
