@@ -1,0 +1,111 @@
+// The second pass, over filtered rows only, with the row's maximum known. A row with min_p alone is drawn from at once.
+// For top_k and top_p, every token from a bound on goes to the row's list; the bound is the k-th greatest of the
+// groups' maxima, which at least k tokens reach, so the list of a row with top_k holds its tokens unless too many are
+// equal. For top_p the mass of all tokens is summed, and the list serves if it holds p of it.
+//
+//   list[r] = {i : x[r, i] >= bound[r]}          mass[r] = sum_i exp((x[r, i] - max[r]) / temperature[r])
+//
+// Cost: 4 vocab bytes per filtered row. Benchmark: fastllm_bench_cuda --benchmark_filter=Sample
+#include "launch.cuh"
+#include "sampling/draw.cuh"
+#include "sampling/row_filter.cuh"
+#include "sampling/stages.h"
+
+namespace fastllm::cuda {
+namespace {
+
+constexpr int kWarps = kScanThreads / 32;
+
+// The k-th greatest of the block's keys, four to a thread, by bisection.
+__device__ __forceinline__ std::uint32_t kth_key(const uint4& keys, int k, int (&counts)[2][kWarps]) {
+  std::uint32_t key = 0;
+#pragma unroll 1
+  for (int bit = 31; bit >= 0; --bit) {
+    const std::uint32_t probe = key | 1u << bit;
+    const int here = static_cast<int>(keys.x >= probe) + static_cast<int>(keys.y >= probe) +
+                     static_cast<int>(keys.z >= probe) + static_cast<int>(keys.w >= probe);
+    const int of_warp = __reduce_add_sync(0xffffffffu, here);
+    int (&count)[kWarps] = counts[bit % 2];  // in turn, so that one barrier a round is enough
+    if (threadIdx.x % 32 == 0) count[threadIdx.x / 32] = of_warp;
+    __syncthreads();
+    int reached = 0;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) reached += count[warp];
+    if (reached >= k) key = probe;
+  }
+  return key;
+}
+
+__global__ void __launch_bounds__(kScanThreads, 4) collect_rows(SampleStages s) {
+  __shared__ Ranked of_warps[kWarps];
+  __shared__ Ranked found[kListCapacity];
+  __shared__ int counts[2][kWarps];
+  __shared__ std::uint32_t running, num_found, list_begin;
+  pdl_wait();
+  pdl_launch();
+  const int r = static_cast<int>(blockIdx.y), p = static_cast<int>(blockIdx.x), vocab = s.logits.vocab;
+  const int thread = static_cast<int>(threadIdx.x);
+  const DeviceSampleRow row = s.rows[r];
+  const RowKind kind = kind_of(row, vocab);
+  if (kind != RowKind::MinP && kind != RowKind::Listed) return;
+  const std::int64_t row_parts = static_cast<std::int64_t>(r) * s.parts;
+  if (thread == 0) running = order_key(-INFINITY), num_found = 0;
+  const Ranked top = block_max<kScanThreads>(thread < s.parts ? s.best[row_parts + thread] : 0, of_warps);
+  const float max = value_of_key(key_of(top));
+  const bool drawable = top != 0 && isfinite(max);
+  const RowPart part = part_of_row(row_of(s.logits, r), vocab, p, s.parts);
+
+  if (kind == RowKind::MinP) {
+    Ranked best = 0;
+    if (drawable) best = draw_from_part<kScanThreads>(part, row, {min_p_floor(row, max), 0x7fffffff}, &running);
+    __syncthreads();
+    best = block_max<kScanThreads>(best, of_warps);
+    if (thread == 0) s.draw[row_parts + p] = best;
+    return;
+  }
+  if (!drawable) return;
+
+  const bool by_k = by_top_k(row, vocab);
+  const std::uint32_t lowest_kept = min_p_key(row, max);
+  const uint4 groups = reinterpret_cast<const uint4*>(s.group + static_cast<std::int64_t>(r) * kGroups)[thread];
+  const std::uint32_t bound =
+      ::max(kth_key(groups, by_k ? min(row.top_k, kMaxListedK) : kListedForTopP, counts), lowest_kept);
+  const float from = value_of_key(bound), sum_from = value_of_key(lowest_kept);
+  const Mass mass{max, 1.0f / row.temperature};
+  std::uint64_t sum = 0;
+  const auto list = [&](float x, int id) {
+    if (!(x >= from)) return;
+    const std::uint32_t at = atomicAdd(&num_found, 1u);
+    if (at < kListCapacity) found[at] = ranked(x, id);
+  };
+  if (by_k) {
+    for_each_logit<kScanThreads>(part, list);
+  } else {
+    for_each_logit<kScanThreads>(part, [&](float x, int id) {
+      if (x >= sum_from) sum += mass(x);
+      list(x, id);
+    });
+  }
+  __syncthreads();
+  std::uint64_t total = 0;
+  block_sum_before<kScanThreads>(sum, of_warps, &total);
+  if (thread == 0) {
+    if (total > 0) atomicAdd(reinterpret_cast<unsigned long long*>(s.mass + r), total);
+    list_begin = atomicAdd(s.listed + r, num_found);
+    if (p == 0) s.list_key[r] = bound;
+  }
+  __syncthreads();
+  const std::uint32_t n = min(num_found, static_cast<std::uint32_t>(kListCapacity));
+  Ranked* out = s.list + static_cast<std::int64_t>(r) * kListCapacity;
+  for (std::uint32_t i = threadIdx.x; i < n && list_begin + i < kListCapacity; i += kScanThreads)
+    out[list_begin + i] = found[i];
+}
+
+}  // namespace
+
+void collect(const SampleStages& stages, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(stages.parts), static_cast<unsigned>(stages.logits.rows));
+  launch(collect_rows, grid, kScanThreads, 0, stream, stages);
+}
+
+}  // namespace fastllm::cuda

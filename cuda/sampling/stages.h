@@ -1,0 +1,47 @@
+// The kernels that sample() is made of, and what they pass on.
+//
+//   scan     all rows      greedy: argmax; unfiltered: the draw; filtered: the maximum, and lower bounds for collect
+//   collect  filtered      min_p alone: the draw; top_k, top_p: a list of all tokens from a bound on, the total mass
+//   choose   all rows      combines the parts; sorts the list, cuts it and draws; commits the token
+//
+// A row is split into `parts` blocks. No result depends on how many: maxima are exact, and masses are integers.
+#pragma once
+
+#include <cstdint>
+
+#include "sampling/sampling.h"
+
+namespace fastllm::cuda {
+
+inline constexpr int kScanThreads = 256;
+inline constexpr int kMaxParts = 64;
+inline constexpr int kGroups = 1024;        // disjoint sets of a row's tokens, of each of which scan keeps the maximum
+inline constexpr int kListCapacity = 2048;  // tokens
+inline constexpr int kMaxListedK = 768;     // rank among the groups' maxima of the list's bound, for top_k
+inline constexpr int kListedForTopP = 512;  // the same for top_p without top_k
+
+// 1, 4, 16 or 64: four blocks on each of 132 multiprocessors and more.
+inline int parts_of_rows(int rows) {
+  int parts = 1;
+  while (parts < kMaxParts && static_cast<std::int64_t>(rows) * parts < 528) parts *= 4;
+  return parts;
+}
+
+struct SampleStages {
+  Logits logits;
+  const DeviceSampleRow* rows;
+  int parts;
+  std::uint64_t* best;      // [rows, parts] Ranked: greatest logit, or the winner of an unfiltered draw
+  std::uint64_t* draw;      // [rows, parts] Ranked: the winner of a draw with min_p
+  std::uint64_t* list;      // [rows, kListCapacity] Ranked, unordered
+  std::uint64_t* mass;      // [rows] of all tokens that min_p keeps; units of 1 / kMassUnit of the maximum's
+  std::uint32_t* group;     // [rows, kGroups] keys
+  std::uint32_t* list_key;  // [rows] the list holds every token with this key or a greater one
+  std::uint32_t* listed;    // [rows] tokens; when above kListCapacity the list is of no use
+};
+
+void scan(const SampleStages& stages, bool all_greedy, cudaStream_t stream);
+void collect(const SampleStages& stages, cudaStream_t stream);
+void choose(const SampleStages& stages, const SampleCall& call, cudaStream_t stream);
+
+}  // namespace fastllm::cuda
