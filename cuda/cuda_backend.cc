@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "elementwise.h"
+#include "nvlibs.h"
 #include "sampling/sampling.h"
 #include "update_inputs.h"
 
@@ -82,6 +83,7 @@ int device_count(std::string* why) {
     const int n = all_devices();
     for (int i = 0; i < n; ++i) usable += capability_of(i) >= kOldest;
     if (usable == 0) check_device(0);
+    open_cublaslt();
     return usable;
   } catch (const Error& e) {
     if (why != nullptr) *why = e.what();
@@ -148,6 +150,8 @@ void CudaBackend::init_steps(const StepLimits& limits) {
   attention_limits_.max_rows = limits.max_slots;
   attention_limits_.max_tokens = limits.max_tokens;
   attention_limits_.max_len = limits.table_width * limits.block_size;
+  attention_limits_.window = limits.window;
+  attention_workspaces_.clear();  // their counters' number depends on the limits
   ring_ = std::make_unique<StepRing>(limits, attention_limits_, options_.deterministic, stream_.get());
   // Only decode kernels, which split by the plan in device memory, can be recorded.
   const bool graphs = options_.graphs && !options_.deterministic;
@@ -328,9 +332,14 @@ void CudaBackend::qk_norm_rope_write_kv(const Tensor& qkv, const Step& step, int
 }
 
 void* CudaBackend::attention_workspace(const AttnArgs& args) {
-  const std::size_t bytes = decode_workspace_bytes(attention_limits_, args.heads, args.head_dim);
+  const std::size_t bytes =
+      decode_workspace_bytes(attention_limits_, args.heads, args.head_dim, options_.deterministic);
   auto& all = attention_workspaces_;
-  if (all.empty() || all.back()->bytes() < bytes) all.push_back(allocate_device(bytes));
+  if (all.empty() || all.back()->bytes() < bytes) {
+    all.push_back(allocate_device(bytes));
+    check(cudaMemsetAsync(all.back()->data(), 0, decode_counter_bytes(attention_limits_), stream_.get()),
+          "clearing memory");
+  }
   return all.back()->data();
 }
 

@@ -19,6 +19,9 @@ constexpr std::size_t round_up(std::size_t bytes) { return (bytes + 15) / 16 * 1
 
 std::size_t count(int n) { return static_cast<std::size_t>(n); }
 
+// Of one step.
+int max_sampled(const StepLimits& limits) { return std::max(limits.max_slots, limits.max_logit_rows); }
+
 std::unique_ptr<Buffer> zeros(std::size_t bytes, cudaStream_t stream) {
   auto buffer = allocate_device(bytes);
   check(cudaMemsetAsync(buffer->data(), 0, bytes, stream), "clearing memory");
@@ -57,8 +60,8 @@ InputLayout::InputLayout(const StepLimits& limits, const AttentionLimits& attent
   positions = part(tokens * sizeof(std::int32_t));
   token_slot = part(tokens * sizeof(std::int32_t));
   rows = part(slots * sizeof(DeviceRow));
-  logit_tokens = part(slots * sizeof(std::int32_t));
-  samples = part(slots * sizeof(DeviceSampleRow));
+  logit_tokens = part(count(max_sampled(limits)) * sizeof(std::int32_t));
+  samples = part(count(max_sampled(limits)) * sizeof(DeviceSampleRow));
   adjustments = part(kAdjustments * sizeof(LogitAdjustment));
   decode_plan = part(decode_plan_bytes(attention));
   prefill_plan = part(prefill_plan_bytes(attention));
@@ -160,10 +163,10 @@ StepRing::StepRing(const StepLimits& limits, const AttentionLimits& attention, b
       inputs_(zeros(layout_.device_bytes, stream)),
       tables_(zeros(count(limits.max_slots) * count(limits.table_width) * sizeof(BlockId), stream)),
       last_token_(zeros(count(limits.max_slots) * sizeof(TokenId), stream)),
-      sampled_(zeros(count(limits.max_slots) * sizeof(TokenId), stream)) {
+      sampled_(zeros(count(max_sampled(limits)) * sizeof(TokenId), stream)) {
   for (int i = 0; i <= limits.in_flight; ++i) {
     auto& step = steps_.emplace_back(std::make_unique<CudaStep>());
-    step->sampled_ = allocate_pinned(count(limits.max_slots) * sizeof(TokenId));
+    step->sampled_ = allocate_pinned(count(max_sampled(limits)) * sizeof(TokenId));
     step->host_sampled = data_as<TokenId>(*step->sampled_);
     step->rooms_.push_back(allocate_pinned(std::max(count(limits.max_slots), kRoom) * sizeof(DeviceLogprobResult)));
     step->begin(layout_.entry_bytes);
@@ -179,7 +182,7 @@ void StepRing::check_limits(const StepInput& input) const {
   const std::size_t padded = count(input.padded_rows);
   at_most(std::max(input.tokens.size(), padded), limits_.max_tokens, "tokens");
   at_most(std::max(input.rows.size(), padded), limits_.max_slots, "rows");
-  at_most(input.logit_tokens.size(), limits_.max_slots, "rows to sample");
+  at_most(input.logit_tokens.size(), max_sampled(limits_), "rows of logits");
   for (const TableSet& set : input.table_sets) {
     if (static_cast<std::uint32_t>(set.slot) >= static_cast<std::uint32_t>(limits_.max_slots) ||
         static_cast<std::uint32_t>(set.index) >= static_cast<std::uint32_t>(limits_.table_width))
@@ -267,9 +270,10 @@ void StepRing::pack_plans(Packing& packing, CudaStep& step) {
     step.decode_plan = packing.device<std::byte>(layout_.decode_plan);
   }
   if (decode_rows < step.view.num_rows) {
-    auto* plan = packing.part<std::byte>(layout_.prefill_plan, prefill_plan_bytes(attention_));
     step.prefill_plan =
-        write_prefill_plan(rows, decode_rows, attention_, plan, packing.device<std::byte>(layout_.prefill_plan));
+        write_prefill_plan(rows, decode_rows, attention_, packing.entry<std::byte>(layout_.prefill_plan),
+                           packing.device<std::byte>(layout_.prefill_plan));
+    packing.part<std::byte>(layout_.prefill_plan, step.prefill_plan.bytes);
   }
 }
 
@@ -321,20 +325,19 @@ void StepRing::pack_sampling(Packing& packing, const StepInput& input, Staging& 
 }
 
 void StepRing::pack_tables(Packing& packing, const StepInput& input, Staging& staging) {
-  const std::size_t n = input.table_sets.size();
   packing.update.tables = data_as<BlockId>(*tables_);
   packing.update.table_width = limits_.table_width;
-  packing.update.num_table_sets = static_cast<std::int32_t>(n);
-  if (n > kTableSets) {
-    InputUpdate all = packing.update;
-    all.table_sets = staging.put(input.table_sets);
-    update_inputs(all, stream_);
-    packing.update.num_table_sets = 0;
-  } else {
-    auto* sets = packing.entry<TableSet>(layout_.table_sets);
-    std::copy(input.table_sets.begin(), input.table_sets.end(), sets);
-    packing.update.table_sets = sets;
+  std::span<const TableSet> sets = input.table_sets;
+  for (; sets.size() > kTableSets; sets = sets.subspan(kTableSets)) {
+    InputUpdate first = packing.update;
+    first.table_sets = staging.put(sets.first(kTableSets));
+    first.num_table_sets = static_cast<std::int32_t>(kTableSets);
+    update_inputs(first, stream_);
   }
+  auto* entry = packing.entry<TableSet>(layout_.table_sets);
+  std::copy(sets.begin(), sets.end(), entry);
+  packing.update.table_sets = entry;
+  packing.update.num_table_sets = static_cast<std::int32_t>(sets.size());
 }
 
 void StepRing::end(CudaStep& step) {

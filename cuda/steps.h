@@ -89,7 +89,7 @@ class StepRing {
   static void wait(CudaStep& step, StepOutput& out);
 
   TokenId* last_token() const { return data_as<TokenId>(*last_token_); }  // [slots] device memory
-  TokenId* sampled() const { return data_as<TokenId>(*sampled_); }        // [slots] device memory
+  TokenId* sampled() const { return data_as<TokenId>(*sampled_); }        // [R] device memory
 
  private:
   class Packing;
