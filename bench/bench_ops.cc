@@ -54,12 +54,43 @@ Operand make(DType dtype, std::int64_t rows, std::int64_t cols) {
 }
 
 std::unique_ptr<PackedWeight> make_weight(std::int64_t n, std::int64_t k, DType dtype) {
-  return backend().pack({n, k,
+  return backend().pack({n,
+                         k,
                          [k](std::int64_t begin, std::int64_t end, float* out) {
                            for (std::int64_t i = 0; i < (end - begin) * k; ++i)
                              out[i] = static_cast<float>((begin * 31 + i) % 17 - 8) * 0.01f;
-                         }},
+                         },
+                         {}},
                         dtype);
+}
+
+// A step of `rows` rows in slots of their own, with consecutive blocks of 16 positions. sampling: one for each row.
+Step& make_step(int rows, int tokens, int past, const Model& model, std::span<const TokenId> ids = {},
+                std::vector<SampleRow> sampling = {}) {
+  constexpr int kBlock = 16;
+  const int blocks = (past + tokens + kBlock - 1) / kBlock;
+  StepLimits limits;
+  limits.max_tokens = rows * tokens, limits.max_slots = limits.max_logit_rows = rows, limits.table_width = blocks;
+  limits.block_size = kBlock, limits.vocab = model.vocab;
+  backend().init_steps(limits);
+  std::vector<TableSet> tables;
+  std::vector<StepRow> list;
+  std::vector<std::int32_t> last;
+  std::vector<TokenId> zeros(static_cast<std::size_t>(rows) * static_cast<std::size_t>(tokens), 0);
+  for (int r = 0; r < rows; ++r) {
+    for (int b = 0; b < blocks; ++b) tables.push_back({SlotId{r}, b, BlockId{r * blocks + b}});
+    list.push_back({r * tokens, tokens, past, SlotId{r}, false});
+    last.push_back((r + 1) * tokens - 1);
+    if (!sampling.empty()) sampling[static_cast<std::size_t>(r)].slot = SlotId{r};
+  }
+  StepInput input;
+  input.table_sets = tables;
+  input.tokens = ids.empty() ? zeros : ids;
+  input.rows = list;
+  input.num_decode_rows = tokens == 1 ? rows : 0;
+  input.logit_tokens = last;
+  input.sampling = sampling;
+  return backend().begin_step(input);
 }
 
 void report(benchmark::State& state, double bytes, double flops, DType dtype = DType::F32) {
@@ -99,11 +130,7 @@ void attention(benchmark::State& state, const Model& model, int rows, int tokens
   const int width = (model.heads + 2 * model.kv_heads) * model.head_dim;
   const Operand qkv = make(DType::BF16, static_cast<std::int64_t>(rows) * tokens, width);
   const Operand out = make(DType::BF16, static_cast<std::int64_t>(rows) * tokens, model.heads * model.head_dim);
-  std::vector<BlockId> table;
-  for (int b = 0; b < rows * blocks; ++b) table.push_back(BlockId{b});
-  std::vector<AttnRow> list;
-  for (int r = 0; r < rows; ++r) list.push_back({r * tokens, tokens, past, table.data() + r * blocks});
-  const auto plan = backend().plan_attention(list, kBlock);
+  const Step& step = make_step(rows, tokens, past, model);
   const AttnArgs args{.heads = model.heads,
                       .kv_heads = model.kv_heads,
                       .head_dim = model.head_dim,
@@ -113,7 +140,7 @@ void attention(benchmark::State& state, const Model& model, int rows, int tokens
                       .alibi_slopes = {}};
   int layer = 0;
   for (auto _ : state) {
-    backend().attention(out.tensor, qkv.tensor, layer_view(pool.memory->data(), shape, layer), *plan, args);
+    backend().attention(out.tensor, qkv.tensor, step, layer_view(pool.memory->data(), shape, layer), args);
     layer = (layer + 1) % kLayers;
   }
   const double pairs = 1.0 * rows * tokens * (past + (tokens + 1) / 2.0);
@@ -132,13 +159,11 @@ void rope_kv(benchmark::State& state, const Model& model, int tokens) {
   for (std::int64_t i = 0; i < cos_sin.tensor.numel(); ++i) {
     cos_sin.tensor.ptr<float>()[i] = i % model.head_dim < model.head_dim / 2 ? 0.6f : 0.8f;
   }
-  std::vector<BlockId> table;
-  for (int b = 0; b < blocks; ++b) table.push_back(BlockId{b});
-  const AttnRow row{0, tokens, 0, table.data()};
+  const Step& step = make_step(1, tokens, 0, model);
   const KvView kv = layer_view(pool.memory->data(), shape, 0);
   for (auto _ : state) {
-    backend().qk_norm_rope_write_kv(qkv.tensor, model.heads, {}, nullptr, {}, nullptr,
-                                    {cos_sin.tensor.ptr<float>(), model.head_dim, RopeStyle::Half}, kv, {&row, 1});
+    backend().qk_norm_rope_write_kv(qkv.tensor, step, model.heads, {}, nullptr, {}, nullptr,
+                                    {cos_sin.tensor.ptr<float>(), model.head_dim, RopeStyle::Half}, kv);
   }
   report(state, 2.0 * tokens * width * 2 + 4.0 * tokens * model.kv_heads * model.head_dim, 0);
 }
@@ -165,15 +190,18 @@ void sample(benchmark::State& state, const Model& model, int rows, float tempera
   std::normal_distribution<float> like_a_model(0.0f, 2.5f);
   for (std::int64_t i = 0; i < logits.tensor.numel(); ++i) logits.tensor.ptr<float>()[i] = like_a_model(random);
   std::vector<SampleRow> list(static_cast<std::size_t>(rows));
-  std::vector<TokenId> out(list.size());
   for (SampleRow& row : list) {
     row.temperature = temperature;
     row.top_p = top_p;
     row.top_k = top_k;
   }
+  // Steps of other positions draw other numbers.
   for (auto _ : state) {
+    state.PauseTiming();
     for (SampleRow& row : list) ++row.position;
-    backend().sample(logits.tensor, list, out);
+    Step& step = make_step(rows, 1, 0, model, {}, list);
+    state.ResumeTiming();
+    backend().sample(logits.tensor, step);
   }
   report(state, 4.0 * rows * model.vocab, 0);
 }
@@ -181,9 +209,14 @@ void sample(benchmark::State& state, const Model& model, int rows, float tempera
 void logprobs(benchmark::State& state, const Model& model, int rows) {
   const Operand logits = make(DType::F32, rows, model.vocab);
   std::vector<LogprobRequest> list;
-  for (int r = 0; r < rows; ++r) list.push_back({r, r, 5});
-  std::vector<LogprobResult> out(list.size());
-  for (auto _ : state) backend().topk_logprobs(logits.tensor, list, out);
+  for (int r = 0; r < rows; ++r) list.push_back({r, r, 5, -1});
+  Step& step = make_step(rows, 1, 0, model);
+  StepOutput out;
+  for (auto _ : state) {
+    backend().topk_logprobs(logits.tensor, step, list);
+    backend().wait_step(step, out);
+    out.logprobs.clear();
+  }
   report(state, 4.0 * rows * model.vocab, 0);
 }
 
@@ -192,7 +225,8 @@ void embed(benchmark::State& state, const Model& model, int m) {
   const Operand out = make(DType::F32, m, model.hidden);
   std::vector<TokenId> ids;
   for (int i = 0; i < m; ++i) ids.push_back(i * 7919 % model.vocab);
-  for (auto _ : state) backend().embed(out.tensor, ids, *table, 0, 1.0f);
+  const Step& step = make_step(1, m, 0, model, ids);
+  for (auto _ : state) backend().embed(out.tensor, step, *table, 0, 1.0f);
   report(state, 6.0 * m * model.hidden, 0);
 }
 

@@ -29,7 +29,7 @@ Decoder::Decoder(const ModelSpec& spec, const DecoderConfig& config, Backend& ba
         std::string("dtype ") + name_of(config_.dtype) +
         " needs a norm before every branch and the head, which this model does not have; use float32");
   const AttnSpec& a = spec_.kinds[0].attn;
-  kv_shape_ = {config_.dtype, spec_.num_layers(), head_range(a, comm_.rank(), comm_.size()).kv_heads,
+  kv_shape_ = {config_.kv_dtype, spec_.num_layers(), head_range(a, comm_.rank(), comm_.size()).kv_heads,
                config_.block_size, a.head_dim};
   for (const LayerSpec& l : spec_.kinds) kinds_.push_back(make_kind(l));
   allocate_scratch();
@@ -93,37 +93,35 @@ void Decoder::allocate_scratch() {
   logits_ = scratch(rows, part * comm_.size(), DType::F32);
 }
 
-void Decoder::forward(std::span<const TokenId> ids, std::span<const std::int32_t> positions,
-                      std::span<const AttnRow> rows, void* kv_pool) {
-  num_tokens_ = static_cast<std::int64_t>(ids.size());
-  assert(num_tokens_ > 0 && num_tokens_ <= config_.max_step_tokens && positions.size() == ids.size());
+void Decoder::forward(const Step& step, int num_tokens, void* kv_pool) {
+  num_tokens_ = num_tokens;
+  assert(num_tokens_ > 0 && num_tokens_ <= config_.max_step_tokens);
   const EmbedSpec& e = spec_.embed;
   const Tensor x = residual_.view(num_tokens_, e.hidden);
   const std::int64_t first_id = comm_.rank() * vocab_per_rank(e.vocab, comm_.size());
-  backend_.embed(x, ids, *weights_.tokens, first_id, e.scale);
+  backend_.embed(x, step, *weights_.tokens, first_id, e.scale);
   comm_.all_reduce(x);
   if (e.learned_positions > 0) {
     // The table is viewed from its first used row on, so positions need no shift.
     const Tensor table(const_cast<float*>(weights_.positions.get()), DType::F32, {e.learned_positions, e.hidden});
-    backend_.add_positions(x, positions, table.slice(e.position_offset, e.learned_positions - e.position_offset));
+    backend_.add_positions(x, step, table.slice(e.position_offset, e.learned_positions - e.position_offset));
   }
-  const auto plan = backend_.plan_attention(rows, config_.block_size);
-  for (int i = 0; i < spec_.num_layers(); ++i) run_layer(i, rows, *plan, kv_pool);
+  for (int i = 0; i < spec_.num_layers(); ++i) run_layer(i, step, kv_pool);
   if (pending_ != nullptr) backend_.add(x, pending_->view(num_tokens_, e.hidden));
   pending_ = nullptr;
 }
 
-void Decoder::run_layer(int layer, std::span<const AttnRow> rows, const AttnPlan& plan, void* kv_pool) {
+void Decoder::run_layer(int layer, const Step& step, void* kv_pool) {
   const LayerSpec& l = spec_.layer(layer);
   const LayerWeights& w = weights_.layers[static_cast<std::size_t>(layer)];
   const Tensor in = norm_residual(hidden_, l.pre_attn, w.pre_attn);
   if (l.parallel) {
     const Tensor ffn_in = l.pre_ffn.kind == NormKind::None ? in : norm_residual(hidden_ffn_, l.pre_ffn, w.pre_ffn);
-    project(attention(layer, in, rows, plan, kv_pool), w.out, l.post_attn);
+    project(attention(layer, in, step, kv_pool), w.out, l.post_attn);
     project(feed_forward(layer, ffn_in), w.down, l.post_ffn);
     end_branch(l.post_ffn, w.post_ffn);
   } else {
-    project(attention(layer, in, rows, plan, kv_pool), w.out, l.post_attn);
+    project(attention(layer, in, step, kv_pool), w.out, l.post_attn);
     end_branch(l.post_attn, w.post_attn);
     const Tensor ffn_in = norm_residual(hidden_, l.pre_ffn, w.pre_ffn);
     project(feed_forward(layer, ffn_in), w.down, l.post_ffn);
@@ -131,8 +129,7 @@ void Decoder::run_layer(int layer, std::span<const AttnRow> rows, const AttnPlan
   }
 }
 
-Tensor Decoder::attention(int layer, const Tensor& in, std::span<const AttnRow> rows, const AttnPlan& plan,
-                          void* kv_pool) {
+Tensor Decoder::attention(int layer, const Tensor& in, const Step& step, void* kv_pool) {
   const AttnSpec& spec = spec_.layer(layer).attn;
   const LayerWeights& w = weights_.layers[static_cast<std::size_t>(layer)];
   const Kind& kind = kinds_[static_cast<std::size_t>(spec_.layer_kind[static_cast<std::size_t>(layer)])];
@@ -141,9 +138,9 @@ Tensor Decoder::attention(int layer, const Tensor& in, std::span<const AttnRow> 
   const Tensor qkv = qkv_.view(num_tokens_, q_width + 2 * kv_width), out = attn_.view(num_tokens_, q_width);
   const KvView kv = layer_view(kv_pool, kv_shape_, layer);
   backend_.linear(qkv, in, *w.qkv.weight, w.qkv.bias.get(), false);
-  backend_.qk_norm_rope_write_kv(qkv, kind.attn.heads, spec.q_norm, w.q_norm.weight.get(), spec.k_norm,
-                                 w.k_norm.weight.get(), kind.rope, kv, rows);
-  backend_.attention(out, qkv.columns(0, q_width), kv, plan, kind.attn);
+  backend_.qk_norm_rope_write_kv(qkv, step, kind.attn.heads, spec.q_norm, w.q_norm.weight.get(), spec.k_norm,
+                                 w.k_norm.weight.get(), kind.rope, kv);
+  backend_.attention(out, qkv.columns(0, q_width), step, kv, kind.attn);
   return out;
 }
 
@@ -152,13 +149,13 @@ Tensor Decoder::feed_forward(int layer, const Tensor& in) {
   const LayerWeights& w = weights_.layers[static_cast<std::size_t>(layer)];
   const int inner = kinds_[static_cast<std::size_t>(spec_.layer_kind[static_cast<std::size_t>(layer)])].inner;
   const Tensor up = up_.view(num_tokens_, spec.gated ? 2 * inner : inner);
-  backend_.linear(up, in, *w.up.weight, w.up.bias.get(), false);
   if (!spec.gated) {
+    backend_.linear(up, in, *w.up.weight, w.up.bias.get(), false);
     backend_.act(up, spec.act);
     return up;
   }
   const Tensor out = gated_.view(num_tokens_, inner);
-  backend_.gated_act(out, up, spec.act);
+  backend_.gated_linear(out, up, in, *w.up.weight, w.up.bias.get(), spec.act);
   return out;
 }
 
@@ -202,14 +199,31 @@ void Decoder::end_branch(const NormSpec& post, const NormWeights& w) {
   pending_ = &post_;
 }
 
+Tensor Decoder::logits(const Step& step, int rows) {
+  const Tensor residual = residual_.view(num_tokens_, spec_.embed.hidden);
+  if (rows == num_tokens_) return head(residual);  // every token is a logit row
+  const Tensor x = last_.view(rows, spec_.embed.hidden);
+  backend_.gather_logit_rows(x, residual, step);
+  return head(x);
+}
+
 Tensor Decoder::logits(std::span<const std::int32_t> tokens) {
-  const auto rows = static_cast<std::int64_t>(tokens.size());
+  const Tensor x = last_.view(static_cast<std::int64_t>(tokens.size()), spec_.embed.hidden);
+  backend_.gather_rows(x, residual_.view(num_tokens_, spec_.embed.hidden), tokens);
+  return head(x);
+}
+
+Tensor Decoder::logits_view(int rows) const {
+  const std::int64_t part_vocab = vocab_per_rank(spec_.embed.vocab, comm_.size());
+  return logits_.view(rows, part_vocab * comm_.size()).columns(0, spec_.embed.vocab);
+}
+
+Tensor Decoder::head(const Tensor& x) {
+  const std::int64_t rows = x.rows();
   assert(rows > 0 && rows <= config_.max_logit_rows);
   const HeadSpec& head = spec_.head;
-  const std::int64_t hidden = spec_.embed.hidden, vocab = spec_.embed.vocab;
-  const std::int64_t part_vocab = vocab_per_rank(vocab, comm_.size());
-  const Tensor x = last_.view(rows, hidden), y = last_hidden_.view(rows, hidden);
-  backend_.gather_rows(x, residual_.view(num_tokens_, hidden), tokens);
+  const std::int64_t part_vocab = vocab_per_rank(spec_.embed.vocab, comm_.size());
+  const Tensor y = last_hidden_.view(rows, spec_.embed.hidden);
   norm_or_copy(y, x, head.final_norm, weights_.final_norm);
 
   const PackedWeight& w = head.tied ? *weights_.tokens : *weights_.head.weight;
@@ -221,7 +235,7 @@ Tensor Decoder::logits(std::span<const std::int32_t> tokens) {
     backend_.linear(part, y, w, weights_.head.bias.get(), false);
     comm_.all_gather_columns(part, all);
   }
-  const Tensor out = all.columns(0, vocab);
+  const Tensor out = all.columns(0, spec_.embed.vocab);
   if (head.scale != 1.0f || head.softcap != 0.0f) backend_.scale_softcap(out, head.scale, head.softcap);
   return out;
 }

@@ -1,5 +1,6 @@
 // The one forward pass: executes any ModelSpec on any Backend, on one rank of a tensor-parallel group. Owned by a
-// worker and used on its thread only. All activation memory is taken at construction.
+// worker and used on its thread only. All activation memory is taken at construction and stays where it is, so that a
+// backend may record what forward() and logits() enqueue.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,9 @@
 namespace fastllm {
 
 struct DecoderConfig {
-  DType dtype = DType::BF16;  // activations and KV
-  int max_len = 0;            // positions
+  DType dtype = DType::BF16;     // activations
+  DType kv_dtype = DType::BF16;  // keys and values
+  int max_len = 0;               // positions
   int max_step_tokens = 0;
   int max_logit_rows = 0;  // rows of one logits() call
   int block_size = 16;     // positions per KV block
@@ -33,13 +35,15 @@ class Decoder {
   const KvShape& kv_shape() const { return kv_shape_; }  // of this rank
   std::int64_t weight_bytes() const { return packed_bytes(weights_); }
 
-  // Runs the layers over the tokens of all rows, writing their keys and values to `kv_pool` (kv_shape() per block).
-  void forward(std::span<const TokenId> ids, std::span<const std::int32_t> positions, std::span<const AttnRow> rows,
-               void* kv_pool);
+  // Runs the layers over all tokens of the step, its padding included, writing their keys and values to `kv_pool`
+  // (kv_shape() per block).
+  void forward(const Step& step, int num_tokens, void* kv_pool);
 
-  // Logits after the given tokens of the last forward(): [tokens, vocab] F32, valid until the next call. At most
-  // max_logit_rows. Every rank gets all of them.
-  Tensor logits(std::span<const std::int32_t> tokens);
+  // Logits of the last forward(): [rows, vocab] F32, valid until the next call of either. At most max_logit_rows.
+  // Every rank gets all of them.
+  Tensor logits(const Step& step, int rows);            // of the step's logit rows, its padding included
+  Tensor logits(std::span<const std::int32_t> tokens);  // after the given tokens
+  Tensor logits_view(int rows) const;                   // where they lie
 
  private:
   // What is the same in all layers of a kind.
@@ -61,8 +65,8 @@ class Decoder {
   Kind make_kind(const LayerSpec& layer) const;
   void allocate_scratch();
 
-  void run_layer(int layer, std::span<const AttnRow> rows, const AttnPlan& plan, void* kv_pool);
-  Tensor attention(int layer, const Tensor& in, std::span<const AttnRow> rows, const AttnPlan& plan, void* kv_pool);
+  void run_layer(int layer, const Step& step, void* kv_pool);
+  Tensor attention(int layer, const Tensor& in, const Step& step, void* kv_pool);
   Tensor feed_forward(int layer, const Tensor& in);
   // Adds what is pending to the residual and normalises it.
   Tensor norm_residual(const Scratch& out, const NormSpec& spec, const NormWeights& w);
@@ -70,6 +74,8 @@ class Decoder {
   // Adds in w^T to the branch under way; end_branch() makes its sum over ranks, normed, the pending one.
   void project(const Tensor& in, const LinearWeights& w, const NormSpec& post);
   void end_branch(const NormSpec& post, const NormWeights& w);
+  // x: [R, hidden] of the residual.
+  Tensor head(const Tensor& x);
 
   ModelSpec spec_;
   DecoderConfig config_;

@@ -6,6 +6,7 @@
 #include "model/weight_loader.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -205,6 +206,28 @@ struct Reader {
     }
   }
 
+  // Rows can be copied as they are: bf16, not transposed, nothing added.
+  bool is_plain_bf16() const {
+    const WeightBinding& b = *entry.binding;
+    return b.transform != WeightTransform::Transpose && !b.add_one &&
+           std::all_of(b.sources.begin(), b.sources.end(), [](const auto& t) { return t.type == SourceType::BF16; });
+  }
+
+  // Matrices only.
+  void copy_bf16(std::int64_t begin, std::int64_t end, std::uint16_t* out) const {
+    for (std::int64_t r = begin; r < end; ++r, out += cols) {
+      const auto canonical = canonical_row(entry, rank, size, r);
+      if (canonical < 0) {
+        std::fill_n(out, cols, std::uint16_t{0});
+        continue;
+      }
+      const auto [index, source] = source_row(entry, canonical);
+      const SourceTensor& t = entry.binding->sources[index];
+      const std::int64_t at = stored_row(t, source) * entry.cols + col_begin;
+      std::memcpy(out, static_cast<const std::byte*>(t.data) + at * 2, static_cast<std::size_t>(cols) * 2);
+    }
+  }
+
   // The checkpoint has a row for each of our columns; a run of our rows lies together there.
   void read_transposed(std::int64_t begin, std::int64_t end, float* out) const {
     const SourceTensor& t = entry.binding->sources[0];
@@ -313,7 +336,10 @@ std::int64_t WeightLoader::source_bytes(const std::string& canonical) const {
 
 HostMatrix WeightLoader::matrix(const std::string& canonical) const {
   Reader reader = impl_->reader(canonical);
-  return {rank_rows(reader.entry, impl_->size), reader.cols, reader};
+  HostMatrix matrix{rank_rows(reader.entry, impl_->size), reader.cols, reader, {}};
+  if (reader.is_plain_bf16())
+    matrix.read_bf16 = [reader](auto begin, auto end, std::uint16_t* out) { reader.copy_bf16(begin, end, out); };
+  return matrix;
 }
 
 std::vector<float> WeightLoader::vector(const std::string& canonical) const {

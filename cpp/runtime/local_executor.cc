@@ -1,19 +1,22 @@
 // Plans and other work for the ranks go through a ring of depth + 1 entries, numbered in submission order:
 //
-//      waited_           finished (each rank)        submitted_
-//   ------|---------------------|-----------------------|------
-//    free | done, not collected | queued or running     | free
+//      waited_             launched (each rank)        submitted_
+//   ------|------------------------|-----------------------|------
+//    free | on the device, or done | queued or launching   | free
 //
-// Entry n is written by the engine thread before submitted_ passes n and read by the ranks after; its result is written
-// by rank 0 before rank 0's counter passes n. The extra entry keeps the last result valid until the next wait().
+// Entry n is written by the engine thread before submitted_ passes n and read by the ranks after; a rank writes its
+// element of `launched` before its counter passes n, and the engine thread finishes it after. The extra entry keeps the
+// last result valid until the next wait().
 #include "runtime/local_executor.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cassert>
+#include <charconv>
 #include <exception>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -27,17 +30,19 @@
 namespace fastllm {
 namespace {
 
-// One rank; `worker` belongs to its thread, but may be asked for constants while the thread is idle.
+// One rank; `worker` belongs to its thread, but may be asked for constants while the thread is idle, and the engine
+// thread finishes what was launched.
 struct Rank {
   std::unique_ptr<Communicator> comm;
   std::unique_ptr<Worker> worker;
-  alignas(64) std::atomic<std::uint64_t> finished{0};  // entries
+  alignas(64) std::atomic<std::uint64_t> launched{0};  // entries
   std::thread thread;
 };
 
 struct Entry {
   const StepPlan* plan = nullptr;   // null: task
   std::function<void(Rank&)> task;  // run by every rank
+  std::vector<Launched> launched;   // by rank
   StepResult result;
   std::vector<std::uint32_t> masks;
   std::atomic<bool> masks_set{false};
@@ -54,6 +59,7 @@ class LocalExecutor final : public Executor {
     } else {
       comms = make_thread_communicators(size);
     }
+    for (Entry& e : ring_) e.launched.resize(static_cast<std::size_t>(size));
     for (auto& comm : comms) {
       ranks_.push_back(std::make_unique<Rank>());
       ranks_.back()->comm = std::move(comm);
@@ -78,14 +84,30 @@ class LocalExecutor final : public Executor {
   }
 
   KvBudget profile() override {
-    std::int64_t bytes_per_block = 0, weight_bytes = 0;
-    for (const auto& rank : ranks_) {
-      bytes_per_block += rank->worker->block_bytes();
-      weight_bytes += rank->worker->weight_bytes();
+    std::int64_t weight_bytes = 0;
+    for (const auto& rank : ranks_) weight_bytes += rank->worker->weight_bytes();
+    const std::int64_t rank_block = ranks_[0]->worker->block_bytes();
+    const std::int64_t block = rank_block * static_cast<std::int64_t>(ranks_.size());
+    if (!is_gpu()) {
+      KvBudget budget = kv_budget(config_, block, ranks_[0]->worker->device().memory_free);
+      budget.resident_blocks = weight_bytes / block;
+      return budget;
     }
-    KvBudget budget = kv_budget(config_, bytes_per_block, ranks_[0]->worker->device().memory_free);
-    budget.resident_blocks = weight_bytes / bytes_per_block;
+    run_on_all([](Rank& r) { r.worker->run_worst_step(); });
+    DeviceInfo tightest = ranks_[0]->worker->device();
+    for (const auto& rank : ranks_) {
+      DeviceInfo device = rank->worker->device();
+      if (device.memory_free < tightest.memory_free) tightest = std::move(device);
+    }
+    KvBudget budget = gpu_kv_budget(config_, rank_block, tightest.memory_total, tightest.memory_free);
+    budget.bytes_per_block = block;
     return budget;
+  }
+
+  DeviceUse device_use() override {
+    if (!is_gpu()) return {};
+    const DeviceInfo device = ranks_[0]->worker->device();
+    return {device.name, device.memory_total, device.memory_free, ranks_[0]->worker->weight_bytes()};
   }
 
   void init_kv(std::int64_t device_blocks, std::int64_t host_blocks) override {
@@ -104,20 +126,31 @@ class LocalExecutor final : public Executor {
     masks_.notify();
   }
 
-  bool ready(std::uint64_t plan_id) override { return is_finished(number_of(plan_id)); }
+  bool ready(std::uint64_t plan_id) override {
+    const auto n = number_of(plan_id);
+    if (!is_launched(n)) return false;
+    if (failed_.load(std::memory_order_acquire)) return true;
+    const Entry& e = entry(n);
+    for (std::size_t i = 0; i < ranks_.size(); ++i)
+      if (!ranks_[i]->worker->done(e.launched[i])) return false;
+    return true;
+  }
 
   const StepResult& wait(std::uint64_t plan_id) override {
     const auto n = number_of(plan_id);
     assert(n == waited_);
-    wait_finished(n);
+    wait_launched(n);
+    Entry& e = entry(n);
+    e.result.clear();
+    if (n < failed_at()) finish(e, n);
     waited_ = n + 1;
-    StepResult& result = entry(n).result;
     const std::scoped_lock lock(failure_mutex_);
     if (n >= failed_at_) {
-      result.plan_id = plan_id;
-      result.error = failure_text_;
+      e.result.clear();
+      e.result.plan_id = plan_id;
+      e.result.error = failure_text_;
     }
-    return result;
+    return e.result;
   }
 
   int depth() const override { return static_cast<int>(ring_.size()) - 1; }
@@ -135,12 +168,14 @@ class LocalExecutor final : public Executor {
     work_.notify();
   }
 
+  bool is_gpu() const { return ranks_[0]->worker->profile_by_running(); }
+
   // Between steps only.
   void run_on_all(std::function<void(Rank&)> task) {
     const auto n = submitted_.load();
     assert(waited_ == n);
     push(nullptr, std::move(task));
-    wait_finished(n);
+    wait_launched(n);
     waited_ = n + 1;
     const std::scoped_lock lock(failure_mutex_);
     if (failure_) std::rethrow_exception(failure_);
@@ -152,12 +187,12 @@ class LocalExecutor final : public Executor {
     throw InvalidArgument("plan " + std::to_string(plan_id) + " is not in flight");
   }
 
-  bool is_finished(std::uint64_t n) const {
+  bool is_launched(std::uint64_t n) const {
     return std::all_of(ranks_.begin(), ranks_.end(),
-                       [n](const auto& r) { return r->finished.load(std::memory_order_acquire) > n; });
+                       [n](const auto& r) { return r->launched.load(std::memory_order_acquire) > n; });
   }
-  void wait_finished(std::uint64_t n) {
-    done_.wait([&] { return is_finished(n); });
+  void wait_launched(std::uint64_t n) {
+    done_.wait([&] { return is_launched(n); });
   }
 
   void rank_main(Rank& r) {
@@ -171,29 +206,42 @@ class LocalExecutor final : public Executor {
       } catch (...) {
         fail(r, n, "unknown exception");
       }
-      r.finished.store(n + 1, std::memory_order_seq_cst);
+      r.launched.store(n + 1, std::memory_order_seq_cst);
       done_.notify();
     }
     r.worker.reset();
   }
 
   void run_entry(Rank& r, std::uint64_t n) {
-    if (failed_.load(std::memory_order_acquire)) return;
     Entry& e = entry(n);
+    Launched& launched = e.launched[static_cast<std::size_t>(r.comm->rank())];
+    launched.clear();
+    if (failed_.load(std::memory_order_acquire)) return;
     if (e.plan == nullptr) return e.task(r);
-    if (r.comm->rank() != 0) {
-      StepResult unused;
-      r.worker->run(*e.plan, {}, unused);
-      return;
+    const auto masks = [&](const StepPlan&) -> std::span<const std::uint32_t> {
+      masks_.wait([&] { return e.masks_set.load() || failed_.load() || stop_.load(); });
+      if (!e.masks_set.load()) throw ResourceError("the step was given up while it waited for token masks");
+      return e.masks;
+    };
+    r.worker->launch(*e.plan, masks, launched);
+  }
+
+  // Rank 0 last: it fills the result.
+  void finish(Entry& e, std::uint64_t n) {
+    for (auto i = ranks_.size(); i-- > 0;) {
+      try {
+        ranks_[i]->worker->finish(*e.plan, e.launched[i], e.result);
+      } catch (const std::exception& error) {
+        return fail(*ranks_[i], n, error.what());
+      } catch (...) {
+        return fail(*ranks_[i], n, "unknown exception");
+      }
     }
-    r.worker->run(
-        *e.plan,
-        [&](const StepPlan&) -> std::span<const std::uint32_t> {
-          masks_.wait([&] { return e.masks_set.load() || failed_.load() || stop_.load(); });
-          if (!e.masks_set.load()) throw ResourceError("the step was given up while it waited for token masks");
-          return e.masks;
-        },
-        e.result);
+  }
+
+  std::uint64_t failed_at() {
+    const std::scoped_lock lock(failure_mutex_);
+    return failed_at_;
   }
 
   // Called inside a catch block. The first failure is the cause of the others: it is recorded before it spreads.
@@ -225,6 +273,16 @@ class LocalExecutor final : public Executor {
   std::string failure_text_;
 };
 
+// "cuda" or "cuda:N"
+int cuda_ordinal(const std::string& device) {
+  if (device == "cuda") return 0;
+  int ordinal = -1;
+  const char* const end = device.data() + device.size();
+  const char* const number = device.data() + std::string_view("cuda:").size();
+  if (device.starts_with("cuda:") && std::from_chars(number, end, ordinal).ptr == end && ordinal >= 0) return ordinal;
+  throw InvalidArgument("device is '" + device + "'; use cpu, cuda or cuda:N");
+}
+
 }  // namespace
 
 std::unique_ptr<Executor> make_local_executor(const EngineConfig& config, ModelSource source, LoadProgress progress,
@@ -236,9 +294,17 @@ std::unique_ptr<Executor> make_local_executor(const EngineConfig& config, ModelS
 }
 
 std::unique_ptr<Executor> make_local_executor(const EngineConfig& config, ModelSource source, LoadProgress progress) {
-  if (config.device != "cpu" && config.device != "auto")
-    throw InvalidArgument("device '" + config.device + "' is not available; this build computes on 'cpu'");
   const int size = config.tensor_parallel_size;
+  if (config.device.starts_with("cuda")) {
+    if (size > 1)
+      throw InvalidArgument("tensor_parallel_size is " + std::to_string(size) +
+                            "; tensor parallelism on GPUs is not there yet, use 1");
+    const int first = cuda_ordinal(config.device);
+    return make_local_executor(config, std::move(source), std::move(progress), [&config, first](int rank) {
+      return make_cuda_backend({first + rank, !config.enforce_eager, config.deterministic});
+    });
+  }
+  if (config.device != "cpu") throw InvalidArgument("device is '" + config.device + "'; use cpu, cuda or cuda:N");
   return make_local_executor(config, std::move(source), std::move(progress), [&config, size](int rank) {
     const int extra = rank < config.cpu_threads % size ? 1 : 0;
     return make_cpu_backend(std::max(config.cpu_threads / size + extra, 1));

@@ -13,7 +13,7 @@
 namespace fastllm {
 
 // Loads and packs the weights on every rank. `config` is complete: no zeros are left to choose but num_blocks and
-// kv_cache_bytes. Throws fastllm::Error.
+// kv_cache_bytes, and the device is "cpu", "cuda" or "cuda:N". Throws fastllm::Error.
 std::unique_ptr<Executor> make_local_executor(const EngineConfig& config, ModelSource source, LoadProgress progress);
 
 // The same on backends of the caller's making, one per rank, called on the rank's thread.

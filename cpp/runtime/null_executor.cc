@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "base/hash.h"
+#include "base/slot_tables.h"
 #include "fastllm/error.h"
-#include "runtime/slot_tables.h"
 
 namespace fastllm {
 namespace {

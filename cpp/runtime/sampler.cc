@@ -3,18 +3,9 @@
 #include <algorithm>
 #include <cassert>
 #include <exception>
-#include <string>
 
 namespace fastllm {
 namespace {
-
-PositionLogprobs to_position(const LogprobRequest& request, const LogprobResult& r) {
-  PositionLogprobs p;
-  p.chosen = {request.token, r.logprob, r.rank};
-  p.top.reserve(r.top.size());
-  for (const auto& [token, logprob] : r.top) p.top.push_back({token, logprob, static_cast<int>(p.top.size()) + 1});
-  return p;
-}
 
 std::span<const TokenId> host_tokens(const StepPlan& plan, std::int32_t row) {
   for (const auto& h : plan.host_tokens)
@@ -22,7 +13,19 @@ std::span<const TokenId> host_tokens(const StepPlan& plan, std::int32_t row) {
   return {};
 }
 
+const SlotSampling& sampling_of(const SampleTask& task, std::size_t i) {
+  return task.slots.sampling(task.plan.rows[static_cast<std::size_t>(task.rows[i])].slot);
+}
+
 }  // namespace
+
+PositionLogprobs to_position(const LogprobResult& r) {
+  PositionLogprobs p;
+  p.chosen = {r.token, r.logprob, r.rank};
+  p.top.reserve(r.top.size());
+  for (const auto& [token, logprob] : r.top) p.top.push_back({token, logprob, static_cast<int>(p.top.size()) + 1});
+  return p;
+}
 
 Sampler::Sampler(Backend& backend, int vocab, int max_rows)
     : backend_(backend),
@@ -30,71 +33,52 @@ Sampler::Sampler(Backend& backend, int vocab, int max_rows)
       raw_(backend.allocate(static_cast<std::size_t>(max_rows) * static_cast<std::size_t>(vocab) * sizeof(float),
                             MemoryKind::Lazy)) {}
 
-void Sampler::run(const Tensor& logits, std::span<const SampleTarget> targets, const StepPlan& plan,
-                  const SlotState& slots, std::span<const std::uint32_t> masks, StepResult& result) {
-  assert(logits.rows() == static_cast<std::int64_t>(targets.size()));
-  keep_raw_logits(logits, targets, plan, slots);
-  run_processors(logits, targets, plan, slots, result);
+void Sampler::sample(const SampleTask& task, std::span<const std::uint32_t> masks,
+                     std::vector<std::pair<std::int32_t, std::string>>& row_errors) {
+  assert(task.logits.rows() == static_cast<std::int64_t>(task.rows.size()));
+  keep_raw_logits(task);
+  run_processors(task, row_errors);
+  if (!task.plan.masked_rows.empty()) apply_masks(task, masks);
+  backend_.process_logits(task.logits, task.step);
+  backend_.sample(task.logits, task.step);
+}
 
-  const auto words = static_cast<std::size_t>((vocab_ + 31) / 32);
-  rows_.clear();
-  for (const auto& t : targets) {
-    const Row& row = plan.rows[static_cast<std::size_t>(t.row)];
-    rows_.push_back(slots.sample_row(row.slot, std::int64_t{row.first_pos} + row.num_tokens));
-    if ((row.flags & kMask) != 0) {
-      const auto at = std::lower_bound(plan.masked_rows.begin(), plan.masked_rows.end(), t.row);
-      rows_.back().mask = masks.data() + static_cast<std::size_t>(at - plan.masked_rows.begin()) * words;
-    }
-  }
-  tokens_.resize(targets.size());
-  backend_.process_logits(logits, rows_);
-  backend_.sample(logits, rows_, tokens_);
-  for (std::size_t i = 0; i < targets.size(); ++i)
-    result.tokens[static_cast<std::size_t>(targets[i].index)] = tokens_[i];
-
+void Sampler::logprobs(const SampleTask& task, std::vector<std::int32_t>& indexes) {
   if (raw_rows_.empty()) return;
   requests_.clear();
-  for (std::size_t k = 0; k < raw_rows_.size(); ++k) {
-    const auto i = static_cast<std::size_t>(raw_rows_[k]);
-    const SlotId slot = plan.rows[static_cast<std::size_t>(targets[i].row)].slot;
-    requests_.push_back({static_cast<std::int32_t>(k), tokens_[i], slots.sampling(slot).params->logprobs});
+  for (const std::int32_t i : raw_rows_) {
+    const auto row = static_cast<std::int32_t>(requests_.size());
+    requests_.push_back({row, 0, sampling_of(task, static_cast<std::size_t>(i)).params->logprobs, i});
   }
+  indexes.insert(indexes.end(), raw_rows_.begin(), raw_rows_.end());
   const Tensor raw(raw_->data(), DType::F32, {static_cast<std::int64_t>(raw_rows_.size()), vocab_});
-  results_.resize(requests_.size());
-  backend_.topk_logprobs(raw, requests_, results_);
-  for (std::size_t k = 0; k < raw_rows_.size(); ++k) {
-    const auto& target = targets[static_cast<std::size_t>(raw_rows_[k])];
-    result.logprobs[static_cast<std::size_t>(target.index)] = to_position(requests_[k], results_[k]);
-  }
+  backend_.topk_logprobs(raw, task.step, requests_);
 }
 
-void Sampler::keep_raw_logits(const Tensor& logits, std::span<const SampleTarget> targets, const StepPlan& plan,
-                              const SlotState& slots) {
+void Sampler::keep_raw_logits(const SampleTask& task) {
   raw_rows_.clear();
-  if (plan.max_logprobs < 0) return;
-  for (std::size_t i = 0; i < targets.size(); ++i) {
-    const SlotId slot = plan.rows[static_cast<std::size_t>(targets[i].row)].slot;
-    if (slots.sampling(slot).params->logprobs >= 0) raw_rows_.push_back(static_cast<std::int32_t>(i));
-  }
+  if (task.plan.max_logprobs < 0) return;
+  for (std::size_t i = 0; i < task.rows.size(); ++i)
+    if (sampling_of(task, i).params->logprobs >= 0) raw_rows_.push_back(static_cast<std::int32_t>(i));
   if (raw_rows_.empty()) return;
   const Tensor raw(raw_->data(), DType::F32, {static_cast<std::int64_t>(raw_rows_.size()), vocab_});
-  backend_.gather_rows(raw, logits, raw_rows_);
+  backend_.gather_rows(raw, task.logits, raw_rows_);
 }
 
-void Sampler::run_processors(const Tensor& logits, std::span<const SampleTarget> targets, const StepPlan& plan,
-                             const SlotState& slots, StepResult& result) {
+void Sampler::run_processors(const SampleTask& task, std::vector<std::pair<std::int32_t, std::string>>& row_errors) {
   const auto bytes = static_cast<std::size_t>(vocab_) * sizeof(float);
-  for (std::size_t i = 0; i < targets.size(); ++i) {
-    const SlotSampling& s = slots.sampling(plan.rows[static_cast<std::size_t>(targets[i].row)].slot);
+  for (std::size_t i = 0; i < task.rows.size(); ++i) {
+    const SlotSampling& s = sampling_of(task, i);
     if (!s.logits_processor) continue;
+    void* const row = task.logits.at(static_cast<std::int64_t>(i));
     host_logits_.resize(static_cast<std::size_t>(vocab_));
-    backend_.copy(host_logits_.data(), logits.at(static_cast<std::int64_t>(i)), bytes);
+    backend_.copy(host_logits_.data(), row, bytes);
     backend_.synchronize();
     auto failed = [&](const std::string& why) {
-      result.row_errors.emplace_back(targets[i].index, "the logits processor failed: " + why);
+      row_errors.emplace_back(static_cast<std::int32_t>(i), "the logits processor failed: " + why);
     };
     try {
-      s.logits_processor->process(host_tokens(plan, targets[i].row), s.num_prompt, host_logits_);
+      s.logits_processor->process(host_tokens(task.plan, task.rows[i]), s.num_prompt, host_logits_);
     } catch (const std::exception& e) {
       failed(e.what());
       continue;
@@ -102,16 +86,19 @@ void Sampler::run_processors(const Tensor& logits, std::span<const SampleTarget>
       failed("unknown exception");
       continue;
     }
-    backend_.copy(logits.at(static_cast<std::int64_t>(i)), host_logits_.data(), bytes);
+    backend_.copy(row, host_logits_.data(), bytes);
     backend_.synchronize();
   }
 }
 
-void Sampler::logprobs(const Tensor& logits, std::span<const LogprobRequest> requests,
-                       std::vector<PositionLogprobs>& out) {
-  results_.resize(requests.size());
-  backend_.topk_logprobs(logits, requests, results_);
-  for (std::size_t i = 0; i < requests.size(); ++i) out.push_back(to_position(requests[i], results_[i]));
+void Sampler::apply_masks(const SampleTask& task, std::span<const std::uint32_t> masks) {
+  masked_.clear();
+  for (const std::int32_t row : task.plan.masked_rows) {
+    const auto at = std::lower_bound(task.rows.begin(), task.rows.end(), row);
+    assert(at != task.rows.end() && *at == row);
+    masked_.push_back(static_cast<std::int32_t>(at - task.rows.begin()));
+  }
+  backend_.mask_logits(task.logits, masked_, masks);
 }
 
 }  // namespace fastllm

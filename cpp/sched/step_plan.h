@@ -48,13 +48,6 @@ struct SlotInit {
   std::shared_ptr<LogitsProcessor> logits_processor;
 };
 
-// table[slot][index] = block. Appends, and replaces after a copy on write.
-struct TableSet {
-  SlotId slot = kNoSlot;
-  std::int32_t index = 0;  // of the block within the sequence
-  BlockId block = kNoBlock;
-};
-
 // Rows with a LogitsProcessor are planned only when all their tokens are known to the host, which lends them here; the
 // span stays valid until the plan's result was applied.
 struct HostTokens {

@@ -10,9 +10,12 @@
 
 namespace fastllm {
 
-enum class DType : std::uint8_t { F32, BF16, F16, I32 };
+enum class DType : std::uint8_t { F32, BF16, F16, I32, F8E4M3 };  // F8E4M3: KV caches only
 
-constexpr std::size_t size_of(DType t) { return t == DType::F32 || t == DType::I32 ? 4 : 2; }
+constexpr std::size_t size_of(DType t) {
+  if (t == DType::F8E4M3) return 1;
+  return t == DType::F32 || t == DType::I32 ? 4 : 2;
+}
 
 constexpr const char* name_of(DType t) {
   switch (t) {
@@ -24,6 +27,8 @@ constexpr const char* name_of(DType t) {
       return "float16";
     case DType::I32:
       return "int32";
+    case DType::F8E4M3:
+      return "fp8_e4m3";
   }
   return "?";
 }

@@ -9,70 +9,11 @@
 namespace fastllm::cpu {
 namespace {
 
-// A row of a few query tokens and a long past is cut along its KV tiles, so that threads share it. Partials merge in
-// tile order: the cut changes nothing in the result.
-constexpr std::int64_t kSplitTokens = 4;    // at most, to be cut
 constexpr std::int64_t kMinPieceTiles = 2;  // KV tiles
 constexpr std::int64_t kPiecesAThread = 2;  // wanted of a step, for every kv head
 
-struct Item {
-  std::int32_t row = 0;
-  std::int32_t token = 0, tokens = 0;         // of the row's tokens
-  std::int64_t tile_begin = 0, tile_end = 0;  // KV tiles
-  std::int32_t split = -1;                    // index into splits, or none
-};
-
-struct Split {
-  std::int32_t row = 0;
-  std::int64_t tiles = 0, pieces = 0;
-  std::int64_t first_tile = 0;  // tiles of the splits before this one
-};
-
-class CpuAttnPlan final : public AttnPlan {
- public:
-  CpuAttnPlan(std::span<const AttnRow> all, int threads) : rows(all.begin(), all.end()) {
-    std::int64_t few_token_tiles = 0;
-    for (const AttnRow& row : rows) few_token_tiles += row.num_tokens <= kSplitTokens ? tiles_of(row) : 0;
-    piece_tiles_ = std::max(kMinPieceTiles, few_token_tiles / (threads * kPiecesAThread));
-    for (std::size_t r = 0; r < rows.size(); ++r) add_row(static_cast<std::int32_t>(r));
-    // The longest first: what is left for the end is short.
-    std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
-      return (a.tile_end - a.tile_begin) * (a.tokens + 4) > (b.tile_end - b.tile_begin) * (b.tokens + 4);
-    });
-  }
-
-  std::vector<AttnRow> rows;
-  std::vector<Item> items;
-  std::vector<Split> splits;
-  std::int64_t split_tiles = 0;  // over all splits
-  std::int32_t max_tokens = 0;   // of an item
-
- private:
-  static std::int64_t tiles_until(std::int64_t pos) { return (pos + kKvTile - 1) / kKvTile; }
-  static std::int64_t tiles_of(const AttnRow& row) { return tiles_until(row.first_pos + row.num_tokens); }
-
-  void add_row(std::int32_t r) {
-    const AttnRow& row = rows[static_cast<std::size_t>(r)];
-    const std::int64_t all_tiles = tiles_of(row);
-    max_tokens = std::max(max_tokens, std::min(row.num_tokens, static_cast<std::int32_t>(kQueryBlock)));
-    if (row.num_tokens <= kSplitTokens && all_tiles > piece_tiles_) {
-      const std::int64_t pieces = (all_tiles + piece_tiles_ - 1) / piece_tiles_;
-      for (std::int64_t p = 0; p < pieces; ++p) {
-        items.push_back({r, 0, row.num_tokens, p * piece_tiles_, std::min(all_tiles, (p + 1) * piece_tiles_),
-                         static_cast<std::int32_t>(splits.size())});
-      }
-      splits.push_back({r, all_tiles, pieces, split_tiles});
-      split_tiles += all_tiles;
-      return;
-    }
-    for (std::int32_t t = 0; t < row.num_tokens; t += static_cast<std::int32_t>(kQueryBlock)) {
-      const std::int32_t n = std::min(row.num_tokens - t, static_cast<std::int32_t>(kQueryBlock));
-      items.push_back({r, t, n, 0, tiles_until(row.first_pos + t + n), -1});
-    }
-  }
-
-  std::int64_t piece_tiles_ = 0;
-};
+std::int64_t tiles_until(std::int64_t pos) { return (pos + kKvTile - 1) / kKvTile; }
+std::int64_t tiles_of(const AttnRow& row) { return tiles_until(row.first_pos + row.num_tokens); }
 
 const void* element(const void* base, std::int64_t i, DType t) {
   return static_cast<const std::byte*>(base) + i * static_cast<std::int64_t>(size_of(t));
@@ -80,19 +21,50 @@ const void* element(const void* base, std::int64_t i, DType t) {
 
 }  // namespace
 
-std::unique_ptr<AttnPlan> CpuBackend::plan_attention(std::span<const AttnRow> rows, int) {
-  return std::make_unique<CpuAttnPlan>(rows, pool_.size());
+void AttnPlan::make(std::span<const AttnRow> rows, int threads) {
+  items.clear();
+  splits.clear();
+  split_tiles = 0;
+  max_tokens = 0;
+  std::int64_t few_token_tiles = 0;
+  for (const AttnRow& row : rows) few_token_tiles += row.num_tokens <= kSplitTokens ? tiles_of(row) : 0;
+  piece_tiles_ = std::max(kMinPieceTiles, few_token_tiles / (threads * kPiecesAThread));
+  for (std::size_t r = 0; r < rows.size(); ++r) add_row(static_cast<std::int32_t>(r), rows[r]);
+  // The longest first: what is left for the end is short.
+  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
+    return (a.tile_end - a.tile_begin) * (a.tokens + 4) > (b.tile_end - b.tile_begin) * (b.tokens + 4);
+  });
 }
 
-void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvView& kv, const AttnPlan& plan_base,
+void AttnPlan::add_row(std::int32_t r, const AttnRow& row) {
+  const std::int64_t all_tiles = tiles_of(row);
+  max_tokens = std::max(max_tokens, std::min(row.num_tokens, static_cast<std::int32_t>(kQueryBlock)));
+  if (row.num_tokens <= kSplitTokens && all_tiles > piece_tiles_) {
+    const std::int64_t pieces = (all_tiles + piece_tiles_ - 1) / piece_tiles_;
+    for (std::int64_t p = 0; p < pieces; ++p) {
+      items.push_back({r, 0, row.num_tokens, p * piece_tiles_, std::min(all_tiles, (p + 1) * piece_tiles_),
+                       static_cast<std::int32_t>(splits.size())});
+    }
+    splits.push_back({r, all_tiles, pieces, split_tiles});
+    split_tiles += all_tiles;
+    return;
+  }
+  for (std::int32_t t = 0; t < row.num_tokens; t += static_cast<std::int32_t>(kQueryBlock)) {
+    const std::int32_t n = std::min(row.num_tokens - t, static_cast<std::int32_t>(kQueryBlock));
+    items.push_back({r, t, n, 0, tiles_until(row.first_pos + t + n), -1});
+  }
+}
+
+void CpuBackend::attention(const Tensor& out, const Tensor& q, const Step& base, const KvView& kv,
                            const AttnArgs& args) {
-  const auto& plan = static_cast<const CpuAttnPlan&>(plan_base);
+  const CpuStep& step = cpu_step(base);
+  const AttnPlan& plan = step.attention;
   assert(q.dtype == out.dtype && args.heads % args.kv_heads == 0 && kv.head_dim == args.head_dim);
   const int group = args.heads / args.kv_heads, kv_heads = args.kv_heads;
   const std::int64_t dim = args.head_dim;
 
-  const auto task_of = [&](const Item& item, int head) {
-    const AttnRow& row = plan.rows[static_cast<std::size_t>(item.row)];
+  const auto task_of = [&](const AttnPlan::Item& item, int head) {
+    const AttnRow& row = step.rows[static_cast<std::size_t>(item.row)];
     AttnTask t{};
     const std::int64_t token = row.token_begin + item.token;
     t.q = element(q.data, token * q.stride[0] + head * group * dim, q.dtype);
@@ -106,7 +78,7 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvView& kv,
     t.head_dim = args.head_dim;
     t.kv = element(kv.base, head * kv.head_stride, kv.dtype);
     t.kv_bf16 = is_bf16(kv.dtype);
-    t.table = reinterpret_cast<const std::int32_t*>(row.table);
+    t.table = reinterpret_cast<const std::int32_t*>(row.table.data());
     t.block_size = kv.block_size;
     t.block_stride = kv.block_stride;
     t.kv_stride = kv.kv_stride;
@@ -132,7 +104,7 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvView& kv,
   }
 
   share(static_cast<std::int64_t>(plan.items.size()) * kv_heads, [&](std::int64_t i, int thread) {
-    const Item& item = plan.items[static_cast<std::size_t>(i / kv_heads)];
+    const AttnPlan::Item& item = plan.items[static_cast<std::size_t>(i / kv_heads)];
     const int head = static_cast<int>(i % kv_heads);
     float* mine = scratch + thread * scratch_floats;
     AttnTask task = task_of(item, head);
@@ -140,12 +112,12 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvView& kv,
       kernels_.attend(task, mine);
       return;
     }
-    const Split& s = plan.splits[static_cast<std::size_t>(item.split)];
+    const AttnPlan::Split& s = plan.splits[static_cast<std::size_t>(item.split)];
     task.partials = partials + (s.first_tile * kv_heads + s.tiles * head) * partial;
     if (task.tile_begin < task.tile_end) kernels_.attend(task, mine);
     auto& pieces = left[static_cast<std::size_t>(item.split * kv_heads + head)];
     if (pieces.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-    Item whole = item;  // the last to finish merges
+    AttnPlan::Item whole = item;  // the last to finish merges
     whole.tile_begin = 0;
     whole.tile_end = s.tiles;
     AttnTask all = task_of(whole, head);
@@ -154,9 +126,9 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvView& kv,
   });
 }
 
-void CpuBackend::qk_norm_rope_write_kv(const Tensor& qkv, int heads, const NormSpec& q_norm, const float* q_weight,
-                                       const NormSpec& k_norm, const float* k_weight, const RopeArgs& rope,
-                                       const KvView& kv, std::span<const AttnRow> rows) {
+void CpuBackend::qk_norm_rope_write_kv(const Tensor& qkv, const Step& step, int heads, const NormSpec& q_norm,
+                                       const float* q_weight, const NormSpec& k_norm, const float* k_weight,
+                                       const RopeArgs& rope, const KvView& kv) {
   const RopeKvArgs a{.qkv = qkv.data,
                      .ld = qkv.stride[0],
                      .bf16 = is_bf16(qkv.dtype),
@@ -183,12 +155,12 @@ void CpuBackend::qk_norm_rope_write_kv(const Tensor& qkv, int heads, const NormS
   auto* scratch = thread_scratch(stride);
   split(qkv.rows(), qkv.cols() * 2, [&](std::int64_t begin, std::int64_t end, int thread) {
     auto* tmp = reinterpret_cast<float*>(scratch + stride * static_cast<std::size_t>(thread));
-    for (const AttnRow& row : rows) {
+    for (const AttnRow& row : cpu_step(step).rows) {
       const std::int64_t first = std::max<std::int64_t>(begin, row.token_begin);
       const std::int64_t last = std::min<std::int64_t>(end, row.token_begin + row.num_tokens);
       for (std::int64_t t = first; t < last; ++t) {
         const std::int64_t pos = row.first_pos + (t - row.token_begin);
-        const BlockId block = row.table[pos / kv.block_size];
+        const BlockId block = row.table[static_cast<std::size_t>(pos / kv.block_size)];
         kernels_.rope_kv(a, t, pos, static_cast<std::int64_t>(index(block)), pos % kv.block_size, tmp);
       }
     }

@@ -36,8 +36,10 @@ std::byte* CpuBackend::thread_scratch(std::size_t bytes) {
   return static_cast<std::byte*>(per_thread_.get(stride * static_cast<std::size_t>(pool_.size())));
 }
 
-void CpuBackend::add_positions(const Tensor& x, std::span<const std::int32_t> positions, const Tensor& table) {
+void CpuBackend::add_positions(const Tensor& x, const Step& step, const Tensor& table) {
+  const auto& positions = cpu_step(step).positions;
   assert(x.dtype == DType::F32 && table.dtype == DType::F32 && x.cols() == table.cols());
+  assert(static_cast<std::size_t>(x.rows()) == positions.size());
   split(x.rows(), x.cols(), [&](std::int64_t begin, std::int64_t end, int) {
     for (std::int64_t t = begin; t < end; ++t) {
       kernels_.add(static_cast<float*>(x.at(t)),
@@ -121,6 +123,10 @@ void CpuBackend::gather_rows(const Tensor& out, const Tensor& x, std::span<const
   assert(out.dtype == x.dtype && out.cols() == x.cols());
   const std::size_t bytes = static_cast<std::size_t>(x.cols()) * size_of(x.dtype);
   for (std::size_t i = 0; i < rows.size(); ++i) std::memcpy(out.at(static_cast<std::int64_t>(i)), x.at(rows[i]), bytes);
+}
+
+void CpuBackend::gather_logit_rows(const Tensor& out, const Tensor& x, const Step& step) {
+  gather_rows(out, x, cpu_step(step).logit_tokens);
 }
 
 void CpuBackend::scale_softcap(const Tensor& logits, float scale, float softcap) {

@@ -1,15 +1,19 @@
 // The CPU backend: dispatches each op to the kernels of one instruction set over the threads of one pool. Calls come
-// from one thread, which is thread 0 of the pool; every op has finished when it returns.
+// from one thread, which is thread 0 of the pool; every op has finished when it returns. Only wait_step() and
+// step_done() may come from another thread, after the step ended.
 #pragma once
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "backend/backend.h"
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/memory.h"
+#include "backend/cpu/step.h"
+#include "base/slot_tables.h"
 #include "base/thread_pool.h"
 
 namespace fastllm::cpu {
@@ -29,6 +33,9 @@ class Scratch {
   std::unique_ptr<Pages> pages_;
 };
 
+// Bit 30 of a slot's count of a token is set for ids in the prompt; the low 30 bits count occurrences in the output.
+inline constexpr std::int32_t kInPrompt = 1 << 30;
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend(int threads, const std::string& isa);
@@ -40,10 +47,19 @@ class CpuBackend final : public Backend {
 
   std::unique_ptr<PackedWeight> pack(const HostMatrix& weight, DType compute) override;
   void linear(const Tensor& out, const Tensor& x, const PackedWeight& w, const float* bias, bool accumulate) override;
-  void embed(const Tensor& out, std::span<const TokenId> ids, const PackedWeight& table, std::int64_t id_begin,
+  void embed(const Tensor& out, const Step& step, const PackedWeight& table, std::int64_t id_begin,
              float scale) override;
 
-  void add_positions(const Tensor& x, std::span<const std::int32_t> positions, const Tensor& table) override;
+  void init_steps(const StepLimits& limits) override;
+  Step& begin_step(const StepInput& input) override;
+  void end_step(Step&) override {}
+  bool step_done(Step&) override { return true; }
+  void wait_step(Step& step, StepOutput& out) override;
+  void init_counts(SlotId slot, std::span<const TokenId> tokens, std::int32_t num_prompt) override;
+  TokenId* sampled_tokens(Step& step) override;
+  void commit_tokens(Step& step) override;
+
+  void add_positions(const Tensor& x, const Step& step, const Tensor& table) override;
   void norm(const Tensor& out, const Tensor& x, const NormSpec& spec, const float* weight, const float* bias) override;
   void add_norm(const Tensor& out, const Tensor& residual, const Tensor& delta, const NormSpec& spec,
                 const float* weight, const float* bias) override;
@@ -51,21 +67,21 @@ class CpuBackend final : public Backend {
   void act(const Tensor& x, Activation act) override;
   void add(const Tensor& x, const Tensor& y) override;
   void gather_rows(const Tensor& out, const Tensor& x, std::span<const std::int32_t> rows) override;
+  void gather_logit_rows(const Tensor& out, const Tensor& x, const Step& step) override;
   void scale_softcap(const Tensor& logits, float scale, float softcap) override;
   void copy_blocks(void* dst_pool, const void* src_pool, std::size_t block_bytes,
                    std::span<const std::pair<BlockId, BlockId>> from_to) override;
 
-  void qk_norm_rope_write_kv(const Tensor& qkv, int heads, const NormSpec& q_norm, const float* q_weight,
-                             const NormSpec& k_norm, const float* k_weight, const RopeArgs& rope, const KvView& kv,
-                             std::span<const AttnRow> rows) override;
-  std::unique_ptr<AttnPlan> plan_attention(std::span<const AttnRow> rows, int block_size) override;
-  void attention(const Tensor& out, const Tensor& q, const KvView& kv, const AttnPlan& plan,
-                 const AttnArgs& args) override;
+  void qk_norm_rope_write_kv(const Tensor& qkv, const Step& step, int heads, const NormSpec& q_norm,
+                             const float* q_weight, const NormSpec& k_norm, const float* k_weight, const RopeArgs& rope,
+                             const KvView& kv) override;
+  void attention(const Tensor& out, const Tensor& q, const Step& step, const KvView& kv, const AttnArgs& args) override;
 
-  void process_logits(const Tensor& logits, std::span<const SampleRow> rows) override;
-  void sample(const Tensor& logits, std::span<const SampleRow> rows, std::span<TokenId> out) override;
-  void topk_logprobs(const Tensor& logits, std::span<const LogprobRequest> requests,
-                     std::span<LogprobResult> out) override;
+  void mask_logits(const Tensor& logits, std::span<const std::int32_t> rows,
+                   std::span<const std::uint32_t> bits) override;
+  void process_logits(const Tensor& logits, const Step& step) override;
+  void sample(const Tensor& logits, Step& step) override;
+  void topk_logprobs(const Tensor& logits, Step& step, std::span<const LogprobRequest> requests) override;
 
  private:
   // f(begin, end, thread) over [0, n) in equal pieces, on this thread alone when n * cost is under about 10 us of work.
@@ -102,6 +118,13 @@ class CpuBackend final : public Backend {
   ThreadPool pool_;
   Scratch shared_;  // prepared activations, partials
   Scratch per_thread_;
+
+  int vocab_ = 0;
+  std::vector<std::unique_ptr<CpuStep>> steps_;  // a ring
+  std::size_t next_step_ = 0;
+  std::optional<SlotTables> tables_;
+  std::vector<TokenId> last_tokens_;               // by slot
+  std::vector<std::vector<std::int32_t>> counts_;  // by slot; [vocab] once a penalty was asked for
 };
 
 inline Act to_act(Activation a) { return static_cast<Act>(a); }

@@ -75,10 +75,11 @@ std::unique_ptr<PackedWeight> CpuBackend::pack(const HostMatrix& weight, DType c
   return packed;
 }
 
-void CpuBackend::embed(const Tensor& out, std::span<const TokenId> ids, const PackedWeight& table,
-                       std::int64_t id_begin, float scale) {
+void CpuBackend::embed(const Tensor& out, const Step& step, const PackedWeight& table, std::int64_t id_begin,
+                       float scale) {
+  const auto& ids = cpu_step(step).ids;
   const auto& w = static_cast<const CpuWeight&>(table);
-  assert(out.dtype == DType::F32 && out.cols() == w.cols());
+  assert(out.dtype == DType::F32 && out.cols() == w.cols() && static_cast<std::size_t>(out.rows()) == ids.size());
   split(out.rows(), out.cols() * 4, [&](std::int64_t begin, std::int64_t end, int) {
     for (std::int64_t t = begin; t < end; ++t) {
       auto* row = static_cast<float*>(out.at(t));

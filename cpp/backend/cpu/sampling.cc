@@ -17,22 +17,15 @@ namespace {
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr std::int64_t kAllIds = std::numeric_limits<std::int32_t>::max();
 
-void process_row(std::span<float> x, const SampleRow& row) {
+void process_row(std::span<float> x, const SampleRow& row, std::span<const std::int32_t> counts) {
   for (const auto& [id, bias] : row.logit_bias) x[static_cast<std::size_t>(id)] += bias;
-  if (row.mask) {
-    for (std::size_t i = 0; i < x.size(); ++i) {
-      if ((row.mask[i / 32] >> (i % 32) & 1u) == 0) x[i] = kLowest;
-    }
-  }
   for (const std::int32_t id : row.forbidden) x[static_cast<std::size_t>(id)] = kLowest;
-  const bool penalised =
-      row.repetition_penalty != 1.0f || row.presence_penalty != 0.0f || row.frequency_penalty != 0.0f;
-  if (!row.counts || !penalised) return;
+  if (!row.penalised) return;
   for (std::size_t i = 0; i < x.size(); ++i) {
-    const PenaltyCounts seen = row.counts[i];
+    const std::int32_t seen = counts[i];
     if (seen == 0) continue;
     x[i] = x[i] > 0.0f ? x[i] / row.repetition_penalty : x[i] * row.repetition_penalty;
-    const PenaltyCounts in_output = seen & (kInPrompt - 1);
+    const std::int32_t in_output = seen & (kInPrompt - 1);
     if (in_output > 0) x[i] -= row.frequency_penalty * static_cast<float>(in_output) + row.presence_penalty;
   }
 }
@@ -120,7 +113,7 @@ LogprobResult logprobs_of(const Kernels& k, std::span<const float> x, const Logp
   const double log_z = static_cast<double>(max) + std::log(k.sum_exp(x.data(), n, max, 1.0f));
   const auto logprob = [&](float logit) { return static_cast<float>(static_cast<double>(logit) - log_z); };
   const float own = x[static_cast<std::size_t>(request.token)];
-  LogprobResult result{.logprob = logprob(own), .rank = 1, .top = {}};
+  LogprobResult result{.token = request.token, .logprob = logprob(own), .rank = 1, .top = {}};
   for (const float v : x) result.rank += v > own;
 
   const auto wanted = static_cast<std::size_t>(std::clamp<std::int64_t>(request.top, 0, n));
@@ -145,26 +138,49 @@ std::span<float> row_of(const Tensor& logits, std::int64_t r) {
 
 }  // namespace
 
-void CpuBackend::process_logits(const Tensor& logits, std::span<const SampleRow> rows) {
-  assert(logits.dtype == DType::F32 && static_cast<std::size_t>(logits.rows()) == rows.size());
-  share(logits.rows(), [&](std::int64_t r, int) { process_row(row_of(logits, r), rows[static_cast<std::size_t>(r)]); });
-}
-
-void CpuBackend::sample(const Tensor& logits, std::span<const SampleRow> rows, std::span<TokenId> out) {
-  assert(logits.dtype == DType::F32 && static_cast<std::size_t>(logits.rows()) == rows.size());
-  share(logits.rows(), [&](std::int64_t r, int) {
-    const SampleRow& row = rows[static_cast<std::size_t>(r)];
-    const std::int64_t id = draw(kernels_, row_of(logits, r), row);
-    out[static_cast<std::size_t>(r)] = static_cast<TokenId>(id);
-    if (row.counts) ++row.counts[id];
+void CpuBackend::mask_logits(const Tensor& logits, std::span<const std::int32_t> rows,
+                             std::span<const std::uint32_t> bits) {
+  const auto words = static_cast<std::size_t>((logits.cols() + 31) / 32);
+  assert(logits.dtype == DType::F32 && bits.size() == rows.size() * words);
+  share(static_cast<std::int64_t>(rows.size()), [&](std::int64_t r, int) {
+    const auto x = row_of(logits, rows[static_cast<std::size_t>(r)]);
+    const auto allowed = bits.subspan(static_cast<std::size_t>(r) * words, words);
+    for (std::size_t i = 0; i < x.size(); ++i)
+      if ((allowed[i / 32] >> (i % 32) & 1u) == 0) x[i] = kLowest;
   });
 }
 
-void CpuBackend::topk_logprobs(const Tensor& logits, std::span<const LogprobRequest> requests,
-                               std::span<LogprobResult> out) {
+void CpuBackend::process_logits(const Tensor& logits, const Step& base) {
+  const CpuStep& step = cpu_step(base);
+  const auto rows = static_cast<std::int64_t>(step.sampling.size());
+  assert(logits.dtype == DType::F32 && logits.rows() >= rows);
+  share(rows, [&](std::int64_t r, int) {
+    const SampleRow& row = step.sampling[static_cast<std::size_t>(r)];
+    process_row(row_of(logits, r), row, counts_[index(row.slot)]);
+  });
+}
+
+void CpuBackend::sample(const Tensor& logits, Step& base) {
+  CpuStep& step = cpu_step(base);
+  const auto rows = static_cast<std::int64_t>(step.sampling.size());
+  assert(logits.dtype == DType::F32 && logits.rows() >= rows && step.output.tokens.size() == step.sampling.size());
+  share(rows, [&](std::int64_t r, int) {
+    const SampleRow& row = step.sampling[static_cast<std::size_t>(r)];
+    const std::int64_t id = draw(kernels_, row_of(logits, r), row);
+    step.output.tokens[static_cast<std::size_t>(r)] = static_cast<TokenId>(id);
+    last_tokens_[index(row.slot)] = static_cast<TokenId>(id);
+    if (row.penalised) ++counts_[index(row.slot)][static_cast<std::size_t>(id)];
+  });
+}
+
+void CpuBackend::topk_logprobs(const Tensor& logits, Step& base, std::span<const LogprobRequest> requests) {
+  StepOutput& output = cpu_step(base).output;
+  const std::size_t before = output.logprobs.size();
+  output.logprobs.resize(before + requests.size());
   share(static_cast<std::int64_t>(requests.size()), [&](std::int64_t i, int) {
-    const LogprobRequest& request = requests[static_cast<std::size_t>(i)];
-    out[static_cast<std::size_t>(i)] = logprobs_of(kernels_, row_of(logits, request.row), request);
+    LogprobRequest request = requests[static_cast<std::size_t>(i)];
+    if (request.sampled >= 0) request.token = output.tokens[static_cast<std::size_t>(request.sampled)];
+    output.logprobs[before + static_cast<std::size_t>(i)] = logprobs_of(kernels_, row_of(logits, request.row), request);
   });
 }
 

@@ -108,16 +108,20 @@ enum class SchedulingPolicy : std::uint8_t { Fcfs, Priority };
 enum class PreemptionMode : std::uint8_t { Recompute, Swap };  // Swap falls back to Recompute when host blocks run out
 
 struct EngineConfig {
-  std::string device = "cpu";
-  std::string dtype = "bfloat16";   // weights and activations: "float32" or "bfloat16"
-  int max_model_len = 0;            // tokens of prompt + output; 0: the model's own limit
-  int max_num_seqs = 256;           // sequences resident at once (slots)
-  int max_step_tokens = 2048;       // token budget of one step
-  int max_chunk = 0;                // tokens of one prompt per step; 0: no limit but the budget
-  int block_size = 16;              // tokens per KV block
-  std::int64_t kv_cache_bytes = 0;  // 0: sized from the model, the limits and the free memory
-  std::int64_t num_blocks = 0;      // overrides kv_cache_bytes; usable blocks, the reserved one not counted
-  std::int64_t swap_bytes = 0;      // host memory for swapped-out blocks
+  std::string device = "cpu";            // "cpu", "cuda", "cuda:N", or "auto": a GPU if one can be used, else the CPU
+  std::string dtype = "bfloat16";        // weights and activations: "float32" or "bfloat16"
+  int max_model_len = 0;                 // tokens of prompt + output; 0: the model's own limit
+  int max_num_seqs = 256;                // sequences resident at once (slots)
+  int max_step_tokens = 2048;            // token budget of one step
+  int max_chunk = 0;                     // tokens of one prompt per step; 0: no limit but the budget
+  int block_size = 16;                   // tokens per KV block
+  std::int64_t kv_cache_bytes = 0;       // 0: sized from the model, the limits and the free memory
+  std::int64_t num_blocks = 0;           // overrides kv_cache_bytes; usable blocks, the reserved one not counted
+  std::int64_t swap_bytes = 0;           // host memory for swapped-out blocks
+  std::string kv_cache_dtype = "auto";   // "auto": as the activations; "fp8": e4m3, GPUs only
+  double gpu_memory_utilization = 0.92;  // share of a GPU's memory this engine may take, (0, 1]
+  bool enforce_eager = false;            // no GPU graphs
+  bool deterministic = false;            // batch-invariant GPU kernels: a sequence's logits never depend on the batch
   PreemptionMode preemption = PreemptionMode::Recompute;
   SchedulingPolicy policy = SchedulingPolicy::Fcfs;
   bool prefix_caching = true;
@@ -146,8 +150,21 @@ struct EngineStats {
   std::int64_t num_finished = 0;  // requests
   std::int64_t num_aborted = 0;   // requests
   std::int64_t block_leaks = 0;   // blocks still referenced when the engine was idle: must stay 0
+  double host_s = 0;              // the engine thread's time outside its waits: planning, submitting, applying
   double last_step_age_s = 0;     // since the engine thread last finished a turn
   bool healthy = true;            // false after a fault of the executor
+};
+
+// What the memory of the first rank's GPU went to when the engine had started; all zero on CPUs. Bytes.
+struct EngineMemory {
+  std::string device;  // its name
+  std::int64_t total = 0;
+  std::int64_t weights = 0;
+  std::int64_t activations = 0;  // of the largest step, workspaces included
+  std::int64_t graphs = 0;
+  std::int64_t kv_cache = 0;
+  std::int64_t other = 0;  // the driver's context, other processes
+  std::int64_t free = 0;
 };
 
 }  // namespace fastllm

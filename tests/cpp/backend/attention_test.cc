@@ -70,11 +70,17 @@ AttnArgs args_of(const Case& c, std::span<const float> slopes) {
           c.softcap, c.window,   slopes};
 }
 
-// Positions [first, first + n) of the sequence.
+// Positions [first, first + n) of the sequence, whose table is in slot 0.
 void attend(Backend& backend, const Case& c, Sequence& s, std::span<const float> slopes, Array& out, int first, int n) {
-  const AttnRow row{0, n, first, s.table.data()};
-  const auto plan = backend.plan_attention({&row, 1}, c.block_size);
-  backend.attention(out.tensor().slice(first, n), s.q.tensor().slice(first, n), s.view(), *plan, args_of(c, slopes));
+  const StepRow row{0, n, first, SlotId{0}, false};
+  const Step& step = begin_step(backend, {&row, 1});
+  backend.attention(out.tensor().slice(first, n), s.q.tensor().slice(first, n), step, s.view(), args_of(c, slopes));
+}
+
+// Before the first attend() on a sequence.
+void set_table(Backend& backend, const Case& c, const Sequence& s) {
+  init_steps(backend, c.block_size);
+  begin_step(backend, {}, table_of(SlotId{0}, s.table));
 }
 
 void check(Backend& backend, Random& random, const Case& c, int length) {
@@ -85,6 +91,7 @@ void check(Backend& backend, Random& random, const Case& c, int length) {
   std::vector<float> slopes;
   for (int h = 0; c.alibi && h < c.heads; ++h) slopes.push_back(std::exp2f(-static_cast<float>(h + 1)));
   Array whole(c.dtype, length, c.heads * c.head_dim), ones = whole, chunks = whole;
+  set_table(backend, c, s);
   attend(backend, c, s, slopes, whole, 0, length);
 
   const AttnArgs args = args_of(c, slopes);
@@ -148,18 +155,19 @@ TEST_P(Attention, rows_of_a_batch_equal_the_rows_alone) {
   int tokens = 0;
   for (const auto& [first, n] : pieces) tokens += n;
   Array q(c.dtype, tokens, c.heads * c.head_dim), out = q;
-  std::vector<AttnRow> rows;
+  std::vector<StepRow> rows;
   int at = 0;
   for (const auto& [first, n] : pieces) {
-    rows.push_back({at, n, first, s.table.data()});
+    rows.push_back({at, n, first, SlotId{0}, false});
     for (int i = 0; i < n; ++i, ++at)
       std::memcpy(q.tensor().at(at), s.q.tensor().at(first + i), static_cast<std::size_t>(q.cols()) * 2);
   }
-  const auto plan = backend->plan_attention(rows, c.block_size);
+  set_table(*backend, c, s);
   Array alone(c.dtype, 800, c.heads * c.head_dim);
   for (int repeat = 0; repeat < 5; ++repeat) {
-    backend->attention(out.tensor(), q.tensor(), s.view(), *plan, args_of(c, {}));
-    for (const AttnRow& row : rows) {
+    const Step& step = begin_step(*backend, rows);
+    backend->attention(out.tensor(), q.tensor(), step, s.view(), args_of(c, {}));
+    for (const StepRow& row : rows) {
       attend(*backend, c, s, {}, alone, row.first_pos, row.num_tokens);
       for (int i = 0; i < row.num_tokens; ++i) ASSERT_TRUE(out.same_row(row.token_begin + i, alone, row.first_pos + i));
     }

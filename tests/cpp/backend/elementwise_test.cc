@@ -114,7 +114,10 @@ TEST_P(Elementwise, moves_rows_positions_and_blocks) {
 
   Array h = Array(DType::F32, 3, 30).fill(random);
   const Array before = h, table = Array(DType::F32, 9, 30).fill(random);
-  backend->add_positions(h.tensor(), rows, table.tensor());
+  init_steps(*backend, 16);
+  std::vector<StepRow> tokens;
+  for (int t = 0; t < 3; ++t) tokens.push_back({t, 1, rows[static_cast<std::size_t>(t)], SlotId{t}, false});
+  backend->add_positions(h.tensor(), begin_step(*backend, tokens), table.tensor());
   EXPECT_EQ(h.get(1, 29), before.get(1, 29) + table.get(0, 29));
   EXPECT_EQ(h.get(2, 3), before.get(2, 3) + table.get(8, 3));
 
@@ -136,15 +139,18 @@ void check_rope(Backend& backend, Random& random, DType dtype, DType kv_dtype, i
   std::vector<std::byte> pool(static_cast<std::size_t>(shape.block_bytes()) * blocks, std::byte{0xff});
   const KvView kv = layer_view(pool.data(), shape, 1);
   const std::vector<BlockId> table0 = {BlockId{3}, BlockId{1}}, table1 = {BlockId{6}, BlockId{2}, BlockId{5}};
-  const std::vector<AttnRow> rows = {{0, 1, 9, table0.data()}, {1, 20, 0, table1.data()}};
+  const std::vector<StepRow> rows = {{0, 1, 9, SlotId{0}, false}, {1, 20, 0, SlotId{1}, false}};
+  auto tables = table_of(SlotId{0}, table0);
+  for (const TableSet& set : table_of(SlotId{1}, table1)) tables.push_back(set);
+  init_steps(backend, block_size);
   Array qkv = Array(dtype, 21, (heads + 2 * kv_heads) * head_dim).fill(random);
   const Array before = qkv;
   const Array cos_sin = Array(DType::F32, 32, std::max(rope_dim, 1)).fill(random);
   const Array weights = Array(DType::F32, 2, head_dim).fill(random);
   const NormSpec spec{norm, 1e-5f, false};
   const float* w = weights.tensor().ptr<float>();
-  backend.qk_norm_rope_write_kv(qkv.tensor(), heads, spec, w, spec, w + head_dim,
-                                {cos_sin.tensor().ptr<float>(), rope_dim, style}, kv, rows);
+  backend.qk_norm_rope_write_kv(qkv.tensor(), begin_step(backend, rows, tables), heads, spec, w, spec, w + head_dim,
+                                {cos_sin.tensor().ptr<float>(), rope_dim, style}, kv);
   const double tolerance = std::max(tolerance_of(dtype), tolerance_of(kv_dtype));
   const auto cached = [&](BlockId block, int is_v, int head, int slot, int d) {
     const std::int64_t at = static_cast<std::int64_t>(index(block)) * kv.block_stride + is_v * kv.kv_stride +
@@ -152,10 +158,11 @@ void check_rope(Backend& backend, Random& random, DType dtype, DType kv_dtype, i
     return kv_dtype == DType::F32 ? static_cast<const float*>(kv.base)[at]
                                   : to_float(static_cast<const bf16*>(kv.base)[at]);
   };
-  for (const AttnRow& row : rows) {
+  for (const StepRow& row : rows) {
+    const auto& table = row.slot == SlotId{0} ? table0 : table1;
     for (int i = 0; i < row.num_tokens; ++i) {
       const int t = row.token_begin + i, pos = row.first_pos + i;
-      const BlockId block = row.table[pos / block_size];
+      const BlockId block = table[static_cast<std::size_t>(pos / block_size)];
       for (int h = 0; h < heads + 2 * kv_heads; ++h) {
         const bool is_v = h >= heads + kv_heads;
         std::vector<double> x(static_cast<std::size_t>(head_dim));

@@ -106,7 +106,9 @@ TEST_P(Linear, embeds_rows_of_a_packed_table_and_zeroes_foreign_ids) {
     const auto packed = backend->pack(host_matrix(table), dtype);
     const std::vector<TokenId> ids = {100, 176, 140, 99, 177, 0, 101};
     Array out(DType::F32, static_cast<std::int64_t>(ids.size()), 50);
-    backend->embed(out.tensor(), ids, *packed, 100, 3.0f);
+    init_steps(*backend, 16);
+    const StepRow row{0, 7, 0, SlotId{0}, false};
+    backend->embed(out.tensor(), begin_step(*backend, {&row, 1}, {}, ids), *packed, 100, 3.0f);
     for (std::size_t t = 0; t < ids.size(); ++t) {
       const bool here = ids[t] >= 100 && ids[t] < 177;
       for (std::int64_t c = 0; c < 50; ++c) {
@@ -117,9 +119,12 @@ TEST_P(Linear, embeds_rows_of_a_packed_table_and_zeroes_foreign_ids) {
 }
 
 TEST_P(Linear, pack_reports_a_failing_reader) {
-  const HostMatrix broken{100, 10, [](std::int64_t begin, std::int64_t, float*) {
+  const HostMatrix broken{100,
+                          10,
+                          [](std::int64_t begin, std::int64_t, float*) {
                             if (begin >= 64) throw std::runtime_error("unreadable");
-                          }};
+                          },
+                          {}};
   EXPECT_THROW(backend->pack(broken, DType::BF16), std::runtime_error);
 }
 

@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -79,10 +80,40 @@ class Array {
 };
 
 inline HostMatrix host_matrix(const Array& a) {
-  return {a.rows(), a.cols(), [&a](std::int64_t begin, std::int64_t end, float* out) {
+  return {a.rows(),
+          a.cols(),
+          [&a](std::int64_t begin, std::int64_t end, float* out) {
             for (std::int64_t r = begin; r < end; ++r)
               for (std::int64_t c = 0; c < a.cols(); ++c) *out++ = a.get(r, c);
-          }};
+          },
+          {}};
+}
+
+// Room for `slots` rows whose tables have up to 256 blocks.
+inline void init_steps(Backend& backend, int block_size, int vocab = 1, int slots = 8, int in_flight = 1) {
+  StepLimits limits;
+  limits.max_tokens = 4096, limits.max_slots = slots, limits.max_logit_rows = slots, limits.table_width = 256;
+  limits.block_size = block_size, limits.vocab = vocab, limits.in_flight = in_flight;
+  backend.init_steps(limits);
+}
+
+inline std::vector<TableSet> table_of(SlotId slot, std::span<const BlockId> blocks) {
+  std::vector<TableSet> sets;
+  for (const BlockId b : blocks) sets.push_back({slot, static_cast<std::int32_t>(sets.size()), b});
+  return sets;
+}
+
+// A step of these rows that samples nothing. ids: zeros when empty.
+inline Step& begin_step(Backend& backend, std::span<const StepRow> rows, std::span<const TableSet> tables = {},
+                        std::vector<TokenId> ids = {}) {
+  std::size_t tokens = 0;
+  for (const StepRow& row : rows) tokens += static_cast<std::size_t>(row.num_tokens);
+  ids.resize(tokens, 0);
+  StepInput input;
+  input.table_sets = tables;
+  input.tokens = ids;
+  input.rows = rows;
+  return backend.begin_step(input);
 }
 
 // |got - want| <= tolerance * (1 + |want|); false for NaN.

@@ -10,19 +10,50 @@ namespace {
 
 class Sampling : public OpTest {
  protected:
+  static constexpr int kSlots = 64;
+  void start(std::int64_t vocab) { init_steps(*backend, 16, static_cast<int>(vocab), kSlots, 2); }
+  // A step of decode rows, row i in slot i.
+  Step& begin(std::vector<SampleRow> rows) {
+    std::vector<StepRow> step_rows;
+    std::vector<std::int32_t> last;
+    for (SampleRow& row : rows) {
+      const auto i = static_cast<std::int32_t>(last.size());
+      row.slot = SlotId{i};
+      step_rows.push_back({i, 1, 0, row.slot, false});
+      last.push_back(i);
+    }
+    const std::vector<TokenId> ids(rows.size(), 0);
+    StepInput input;
+    input.tokens = ids;
+    input.rows = step_rows;
+    input.num_decode_rows = static_cast<std::int32_t>(rows.size());
+    input.logit_tokens = last;
+    input.sampling = rows;
+    return backend->begin_step(input);
+  }
+  StepOutput end(Step& step) {
+    backend->end_step(step);
+    StepOutput out;
+    backend->wait_step(step, out);
+    return out;
+  }
+  std::vector<TokenId> sample(const Array& logits, const std::vector<SampleRow>& rows) {
+    Step& step = begin(rows);
+    backend->sample(logits.tensor(), step);
+    return end(step).tokens;
+  }
   // Tokens drawn from one row of logits at positions 0, 1, ...
   std::map<TokenId, int> draws(const Array& logits, SampleRow row, int n) {
     std::map<TokenId, int> seen;
-    constexpr int kBatch = 64;
+    constexpr int kBatch = kSlots;
+    start(logits.cols());
     Array batch(DType::F32, kBatch, logits.cols());
     for (int r = 0; r < kBatch; ++r)
       for (std::int64_t c = 0; c < logits.cols(); ++c) batch.set(r, c, logits.get(0, c));
     for (int i = 0; i < n; i += kBatch) {
       std::vector<SampleRow> rows(kBatch, row);
       for (int r = 0; r < kBatch; ++r) rows[static_cast<std::size_t>(r)].position = i + r;
-      std::vector<TokenId> out(kBatch, -1);
-      backend->sample(batch.tensor(), rows, out);
-      for (const TokenId t : out) ++seen[t];
+      for (const TokenId t : sample(batch, rows)) ++seen[t];
     }
     return seen;
   }
@@ -74,9 +105,8 @@ TEST_P(Sampling, greedy_takes_the_lowest_of_equal_maxima) {
   rows[0].temperature = 0;
   rows[1].temperature = 0;
   rows[2].top_k = 1;
-  std::vector<TokenId> out(3, -1);
-  backend->sample(logits.tensor(), rows, out);
-  EXPECT_EQ(out, (std::vector<TokenId>{700, 1002, 0}));
+  start(1003);
+  EXPECT_EQ(sample(logits, rows), (std::vector<TokenId>{700, 1002, 0}));
 }
 
 TEST_P(Sampling, frequencies_follow_the_filtered_distribution) {
@@ -144,61 +174,64 @@ TEST_P(Sampling, a_draw_depends_on_seed_and_position_only) {
   rows[4] = filters(1, 0.9f, 0, 0);
   rows[4].seed = random.bits();
   rows[4].position = 77;
-  std::vector<TokenId> out(n), alone(1);
-  backend->sample(batch.tensor(), rows, out);
-  backend->sample(one.tensor(), {&rows[4], 1}, alone);
-  EXPECT_EQ(out[4], alone[0]);
+  start(777);
+  const auto alone = sample(one, {rows[4]});
+  EXPECT_EQ(sample(batch, rows)[4], alone[0]);
   int other = 0;
-  for (rows[4].position = 78; rows[4].position < 98; ++rows[4].position) {
-    std::vector<TokenId> t(1);
-    backend->sample(one.tensor(), {&rows[4], 1}, t);
-    other += t != alone;
-  }
+  for (rows[4].position = 78; rows[4].position < 98; ++rows[4].position) other += sample(one, {rows[4]}) != alone;
   EXPECT_GT(other, 10);
 }
 
 TEST_P(Sampling, process_logits_matches_the_oracle_and_counts_the_sample) {
   const std::int64_t vocab = 333;
-  Array logits = Array(DType::F32, 2, vocab).fill(random, 3.0f);
-  const Array before = logits;
-  std::vector<PenaltyCounts> counts(vocab, 0);
-  for (int i = 0; i < 60; ++i) counts[static_cast<std::size_t>(random.below(vocab))] |= kInPrompt;
-  for (int i = 0; i < 60; ++i) ++counts[static_cast<std::size_t>(random.below(vocab))];
+  const Array before = Array(DType::F32, 2, vocab).fill(random, 3.0f);
+  start(vocab);
+  std::vector<TokenId> tokens;  // 60 of the prompt, 60 of the output
+  for (int i = 0; i < 120; ++i) tokens.push_back(random.below(vocab));
   std::vector<std::uint32_t> mask((vocab + 31) / 32, 0xfffffffeu);  // every 32nd id is not allowed
-  const std::vector<std::pair<std::int32_t, float>> bias = {{5, 2.5f}, {331, -100.0f}};
-  const std::vector<std::int32_t> forbidden = {7, 8};
   SampleRow greedy, row;
   greedy.temperature = row.temperature = 0;
   row.repetition_penalty = 1.3f;
   row.presence_penalty = 0.4f;
   row.frequency_penalty = 0.2f;
-  row.counts = counts.data();
-  row.logit_bias = bias;
-  row.forbidden = forbidden;
-  row.mask = mask.data();
-  const auto old_counts = counts;
-  const std::vector<SampleRow> rows = {row, greedy};
-  backend->process_logits(logits.tensor(), rows);
-  std::vector<float> want(vocab);
-  for (std::int64_t i = 0; i < vocab; ++i) {
-    float x = before.get(0, i) + (i == 5 ? 2.5f : i == 331 ? -100.0f : 0.0f);
-    const int c = counts[static_cast<std::size_t>(i)] & (kInPrompt - 1);
-    if (i % 32 == 0 || i == 7 || i == 8) x = -std::numeric_limits<float>::infinity();
-    if (counts[static_cast<std::size_t>(i)] != 0) x = x > 0 ? x / 1.3f : x * 1.3f;
-    if (c > 0) x -= 0.2f * static_cast<float>(c) + 0.4f;
-    want[static_cast<std::size_t>(i)] = x;
-    if (std::isinf(x)) {
-      EXPECT_EQ(logits.get(0, i), x);
-    } else {
-      EXPECT_NEAR(logits.get(0, i), x, 1e-5) << "token " << i;
+  row.penalised = true;
+  backend->init_counts(SlotId{0}, tokens, 60);
+  // Every step counts what it sampled; the next sees it.
+  for (int round = 0; round < 3; ++round) {
+    Array logits = before;
+    std::vector<std::pair<std::int32_t, float>> bias = {{5, 2.5f}, {331, -100.0f}};
+    std::vector<std::int32_t> forbidden = {7, 8};
+    row.logit_bias = bias;
+    row.forbidden = forbidden;
+    Step& step = begin({row, greedy});
+    // The step keeps what the rows borrowed.
+    std::fill(bias.begin(), bias.end(), std::pair<std::int32_t, float>{0, 1e9f});
+    std::fill(forbidden.begin(), forbidden.end(), 100);
+    const std::int32_t masked = 0;
+    backend->mask_logits(logits.tensor(), {&masked, 1}, mask);
+    backend->process_logits(logits.tensor(), step);
+    std::vector<float> want(vocab);
+    for (std::int64_t i = 0; i < vocab; ++i) {
+      float x = before.get(0, i) + (i == 5 ? 2.5f : i == 331 ? -100.0f : 0.0f);
+      const auto c = std::count(tokens.begin() + 60, tokens.end(), i);
+      if (i % 32 == 0 || i == 7 || i == 8) x = -std::numeric_limits<float>::infinity();
+      if (std::count(tokens.begin(), tokens.end(), i) > 0) x = x > 0 ? x / 1.3f : x * 1.3f;
+      if (c > 0) x -= 0.2f * static_cast<float>(c) + 0.4f;
+      want[static_cast<std::size_t>(i)] = x;
+      if (std::isinf(x)) {
+        EXPECT_EQ(logits.get(0, i), x);
+      } else {
+        EXPECT_NEAR(logits.get(0, i), x, 1e-5) << "token " << i;
+      }
     }
+    EXPECT_TRUE(logits.same_row(1, before, 1));
+    const Array processed = logits;
+    backend->sample(logits.tensor(), step);
+    EXPECT_TRUE(logits.same_row(0, processed, 0));
+    const auto out = end(step).tokens;
+    EXPECT_EQ(out[0], std::max_element(want.begin(), want.end()) - want.begin());
+    tokens.push_back(out[0]);
   }
-  EXPECT_TRUE(logits.same_row(1, before, 1));
-  std::vector<TokenId> out(2);
-  backend->sample(logits.tensor(), rows, out);
-  EXPECT_EQ(out[0], std::max_element(want.begin(), want.end()) - want.begin());
-  for (std::int64_t i = 0; i < vocab; ++i)
-    EXPECT_EQ(counts[static_cast<std::size_t>(i)], old_counts[static_cast<std::size_t>(i)] + (i == out[0]));
 }
 
 TEST_P(Sampling, logprobs_ranks_and_alternatives_match_fp64) {
@@ -206,9 +239,21 @@ TEST_P(Sampling, logprobs_ranks_and_alternatives_match_fp64) {
   Array logits = Array(DType::F32, 3, vocab).fill(random, 4.0f);
   logits.set(1, 17, 40.0f);
   logits.set(1, 4000, 40.0f);
-  const std::vector<LogprobRequest> requests = {{0, 5, 0}, {1, 4000, 5}, {2, 5002, 20}, {0, 1, 6000}};
-  std::vector<LogprobResult> out(requests.size());
-  backend->topk_logprobs(logits.tensor(), requests, out);
+  start(vocab);
+  SampleRow greedy;
+  greedy.temperature = 0;
+  Step& step = begin({greedy, greedy, greedy});
+  backend->sample(logits.tensor(), step);
+  std::vector<LogprobRequest> requests = {{0, 5, 0, -1},    {1, 4000, 5, -1}, {2, 5002, 20, -1},
+                                          {0, 1, 6000, -1}, {1, 0, 3, 1},     {2, 0, 0, 0}};
+  // In two calls: results of a step follow each other.
+  backend->topk_logprobs(logits.tensor(), step, std::span(requests).first(2));
+  backend->topk_logprobs(logits.tensor(), step, std::span(requests).subspan(2));
+  const StepOutput output = end(step);
+  const auto& out = output.logprobs;
+  ASSERT_EQ(out.size(), requests.size());
+  requests[4].token = 17;
+  requests[5].token = output.tokens[0];
   for (std::size_t q = 0; q < requests.size(); ++q) {
     const auto& request = requests[q];
     double z = 0;
@@ -218,6 +263,7 @@ TEST_P(Sampling, logprobs_ranks_and_alternatives_match_fp64) {
     std::stable_sort(order.begin(), order.end(),
                      [&](auto a, auto b) { return logits.get(request.row, a) > logits.get(request.row, b); });
     const float own = logits.get(request.row, request.token);
+    EXPECT_EQ(out[q].token, request.token);
     EXPECT_NEAR(out[q].logprob, own - std::log(z), 2e-5);
     EXPECT_EQ(out[q].rank,
               1 + std::count_if(order.begin(), order.end(), [&](auto i) { return logits.get(request.row, i) > own; }));

@@ -22,6 +22,8 @@ using testing::TestModel;
 
 constexpr int kBlock = 4;  // positions
 
+using FloatRows = std::vector<std::vector<float>>;
+
 // One rank's decoder with a KV pool for one sequence, in blocks that are not in order.
 class Runner {
  public:
@@ -30,25 +32,36 @@ class Runner {
     const ModelSource source = model.source();
     const WeightLoader loader(source, comm.rank(), comm.size());
     DecoderConfig c;
-    c.dtype = dtype, c.max_len = 64, c.max_step_tokens = 64, c.max_logit_rows = 64, c.block_size = kBlock;
+    c.dtype = c.kv_dtype = dtype, c.max_len = 64, c.max_step_tokens = 64, c.max_logit_rows = 64, c.block_size = kBlock;
     decoder_ =
         std::make_unique<Decoder>(model.spec, c, *backend_, comm, load_decoder_weights(loader, *backend_, dtype, {}));
-    for (int i = 0; i < 64 / kBlock; ++i) table_.push_back(static_cast<BlockId>(1 + (i * 7) % 16));
+    StepLimits limits;
+    limits.max_tokens = 64, limits.max_slots = 1, limits.max_logit_rows = 64, limits.table_width = 64 / kBlock;
+    limits.block_size = kBlock, limits.vocab = model.spec.embed.vocab;
+    backend_->init_steps(limits);
+    for (int i = 0; i < 64 / kBlock; ++i) table_.push_back({SlotId{0}, i, static_cast<BlockId>(1 + (i * 7) % 16)});
     kv_ = backend_->allocate(static_cast<std::size_t>(17 * decoder_->kv_shape().block_bytes()), MemoryKind::Lazy);
   }
 
-  // Appends ids to the sequence; returns the logits after each of them.
-  std::vector<std::vector<float>> append(std::span<const TokenId> ids) {
-    std::vector<std::int32_t> positions, tokens;
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      positions.push_back(num_computed_ + static_cast<std::int32_t>(i));
-      tokens.push_back(static_cast<std::int32_t>(i));
-    }
-    const AttnRow row{0, static_cast<std::int32_t>(ids.size()), num_computed_, table_.data()};
-    decoder_->forward(ids, positions, {&row, 1}, kv_->data());
+  // Appends ids to the sequence; returns the logits after each of them, or after the last `wanted`, which are asked for
+  // as the step's or by their numbers.
+  FloatRows append(std::span<const TokenId> ids, std::size_t wanted = SIZE_MAX, bool by_number = false) {
+    std::vector<std::int32_t> tokens;
+    const std::size_t first = ids.size() - std::min(wanted, ids.size());
+    for (std::size_t i = first; i < ids.size(); ++i) tokens.push_back(static_cast<std::int32_t>(i));
+    const StepRow row{0, static_cast<std::int32_t>(ids.size()), num_computed_, SlotId{0}, false};
+    StepInput input;
+    input.table_sets = table_;
+    input.tokens = ids;
+    input.rows = {&row, 1};
+    input.logit_tokens = tokens;
+    const Step& step = backend_->begin_step(input);
+    decoder_->forward(step, static_cast<int>(ids.size()), kv_->data());
     num_computed_ += static_cast<std::int32_t>(ids.size());
-    const Tensor logits = decoder_->logits(tokens);
-    std::vector<std::vector<float>> out;
+    const Tensor logits =
+        by_number ? decoder_->logits(tokens) : decoder_->logits(step, static_cast<int>(tokens.size()));
+    EXPECT_EQ(decoder_->logits_view(static_cast<int>(tokens.size())).data, logits.data);
+    FloatRows out;
     for (std::int64_t r = 0; r < logits.rows(); ++r) {
       const auto* p = static_cast<const float*>(logits.at(r));
       out.emplace_back(p, p + logits.cols());
@@ -60,7 +73,7 @@ class Runner {
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Decoder> decoder_;
   std::unique_ptr<Buffer> kv_;
-  std::vector<BlockId> table_;
+  std::vector<TableSet> table_;
   std::int32_t num_computed_ = 0;
 };
 
@@ -77,8 +90,7 @@ std::vector<TokenId> random_ids(int n, int vocab, std::uint32_t seed) {
   return ids;
 }
 
-void expect_close(const std::vector<std::vector<float>>& got, const testing::Rows& want, std::size_t first,
-                  double tolerance) {
+void expect_close(const FloatRows& got, const testing::Rows& want, std::size_t first, double tolerance) {
   for (std::size_t t = 0; t < got.size(); ++t) {
     ASSERT_EQ(got[t].size(), want[first + t].size());
     for (std::size_t v = 0; v < got[t].size(); ++v)
@@ -112,7 +124,7 @@ TEST_P(DecoderSpecs, test_tensor_parallel_ranks_agree_with_the_oracle) {
   for (int size : {2, 4}) {
     SCOPED_TRACE(size);
     auto comms = make_thread_communicators(size);
-    std::vector<std::vector<std::vector<float>>> got(static_cast<std::size_t>(size));
+    std::vector<FloatRows> got(static_cast<std::size_t>(size));
     std::vector<std::thread> threads;
     for (auto& comm : comms)
       threads.emplace_back([&, &c = *comm] {
@@ -127,6 +139,17 @@ TEST_P(DecoderSpecs, test_tensor_parallel_ranks_agree_with_the_oracle) {
       EXPECT_EQ(rank, got[0]) << "ranks differ in their bits";
     }
   }
+}
+
+TEST_P(DecoderSpecs, test_a_token_s_logits_are_the_same_alone_and_among_others) {
+  const auto seed = fresh_seed();
+  const TestModel model = random_model(GetParam().spec, seed);
+  const auto ids = random_ids(12, model.spec.embed.vocab, seed);
+  auto comm = make_null_communicator();
+  FloatRows all = Runner(model, *comm).append(ids);
+  all.erase(all.begin(), all.end() - 3);
+  EXPECT_EQ(Runner(model, *comm).append(ids, 3), all);
+  EXPECT_EQ(Runner(model, *comm).append(ids, 3, true), all);
 }
 
 TEST_P(DecoderSpecs, test_bf16_stays_near_the_oracle) {

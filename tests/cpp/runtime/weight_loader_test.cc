@@ -225,5 +225,53 @@ TEST(WeightLoader, test_a_model_that_does_not_divide_is_refused) {
   EXPECT_THROW(WeightLoader(s, 0, 8), InvalidArgument);
 }
 
+TEST(WeightLoader, test_bf16_rows_are_handed_out_as_they_are) {
+  ModelSource s = model().source();
+  // The bits of any fp32 numbers, taken as bf16: what is read must be those bits.
+  std::vector<std::uint16_t> bits(128 * 64);
+  for (std::size_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<std::uint16_t>(0x3c00 + i * 7 % 0x400);
+  auto as_bf16 = [&](SourceTensor t, std::size_t row) {
+    t.type = SourceType::BF16;
+    t.data = bits.data() + row * static_cast<std::size_t>(t.shape.back());
+    t.bytes = t.shape[0] * t.shape[1] * 2;
+    return t;
+  };
+  SourceTensor q = as_bf16(tensor("q", {64, 64}, {}), 0);
+  q.interleaved_head_dim = 16;
+  const SourceTensor k = as_bf16(tensor("k", {32, 64}, {}), 64), v = as_bf16(tensor("v", {32, 64}, {}), 96);
+  binding(s, kQkv) = {kQkv, WeightTransform::QkvConcat, false, {q, k, v}};
+  SourceTensor& down = binding(s, kDown).sources[0];
+  down = as_bf16(down, 0);
+  SourceTensor& head = binding(s, "head.weight").sources[0];
+  head = as_bf16(head, 0);
+  std::vector<std::string> plain = {kQkv, kDown, "head.weight"};
+
+  for (int size : {1, 2}) {
+    for (int rank = 0; rank < size; ++rank) {
+      const WeightLoader loader(s, rank, size);
+      for (const auto& name : plain) {
+        SCOPED_TRACE(name + " of rank " + std::to_string(rank));
+        const HostMatrix m = loader.matrix(name);
+        ASSERT_TRUE(m.read_bf16);
+        std::vector<std::uint16_t> got(static_cast<std::size_t>(m.rows * m.cols));
+        for (std::int64_t begin = 0; begin < m.rows; begin += 5)
+          m.read_bf16(begin, std::min(m.rows, begin + 5), got.data() + begin * m.cols);
+        std::vector<float> wide;
+        for (const auto b : got) wide.push_back(to_float(bf16{b}));
+        EXPECT_EQ(wide, read(m));
+      }
+      EXPECT_FALSE(loader.matrix(kGateUp).read_bf16) << "fp32";
+    }
+  }
+
+  binding(s, kDown).sources[0].shape = {96, 64};
+  binding(s, kDown).transform = WeightTransform::Transpose;
+  EXPECT_FALSE(WeightLoader(s, 0, 1).matrix(kDown).read_bf16);
+  binding(s, "head.weight").add_one = true;
+  EXPECT_FALSE(WeightLoader(s, 0, 1).matrix("head.weight").read_bf16);
+  binding(s, kQkv).sources[2] = tensor("v", {32, 64}, model()[kQkv]);
+  EXPECT_FALSE(WeightLoader(s, 0, 1).matrix(kQkv).read_bf16) << "one source is fp32";
+}
+
 }  // namespace
 }  // namespace fastllm

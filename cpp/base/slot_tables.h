@@ -1,4 +1,4 @@
-// Block tables of all slots as one host array, changed by the diffs of a plan. Owned by a worker; its thread only.
+// Block tables of all slots as one host array, changed by the diffs of a plan. One thread only.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 #include <span>
 #include <vector>
 
-#include "sched/step_plan.h"
+#include "base/ids.h"
 
 namespace fastllm {
 
