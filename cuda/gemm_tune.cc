@@ -81,7 +81,7 @@ float GemmTuner::interval_us(const std::function<void()>& enqueue) {
 }
 
 float GemmTuner::time(const std::function<void(int)>& enqueue) {
-  constexpr float kGraphUs = 400;
+  constexpr float kGraphUs = 250;
   enqueue(0);  // loads the kernel
   stream_.synchronize();
   const float once = interval_us([&] { enqueue(1); });

@@ -7,7 +7,9 @@
 //   --benchmark_filter='^GemmSkinny/'     each configuration of the own kernels: strips, k_warps, blocks_per_sm
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -152,27 +154,23 @@ void skinny(benchmark::State& state, const Shape& s, std::int64_t m, int choice)
   });
 }
 
-void add(const std::string& name, void (*body)(benchmark::State&, const Shape&, std::int64_t), const Shape& s,
-         std::int64_t m) {
-  gpu_benchmark(benchmark::RegisterBenchmark(name + "/" + s.name + "/" + std::to_string(m),
-                                             [body, &s, m](benchmark::State& state) { body(state, s, m); }));
+void add(const std::string& name, std::function<void(benchmark::State&)> body) {
+  gpu_benchmark(benchmark::RegisterBenchmark(name.c_str(), std::move(body)));
 }
 
 void add_shape(const Shape& s, const std::vector<std::int64_t>& ms) {
-  const bool is_head = s.n > 4 * s.k && s.out == DType::F32, is_gate_up = std::string(s.name).ends_with("gate_up");
+  constexpr int kConfigs = 24;
+  const bool is_head = s.out == DType::F32 && !s.accumulate, is_gate_up = std::string(s.name).ends_with("gate_up");
   for (const std::int64_t m : ms) {
     if (is_head && m > 512) continue;  // no step has so many rows that sample
-    add("Gemm", tuned, s, m);
-    add("GemmFirst", first_proposal, s, m);
-    if (is_gate_up && m <= 64) add("GemmGated", gated, s, m);
-  }
-  constexpr int kConfigs = 24;
-  for (const std::int64_t m : {1, 8, 16}) {
+    const std::string which = std::string("/") + s.name + "/" + std::to_string(m);
+    add("Gemm" + which, [&s, m](benchmark::State& state) { tuned(state, s, m); });
+    add("GemmFirst" + which, [&s, m](benchmark::State& state) { first_proposal(state, s, m); });
+    if (is_gate_up && m <= 64) add("GemmGated" + which, [&s, m](benchmark::State& state) { gated(state, s, m); });
+    if (m != 1 && m != 8 && m != 16) continue;
     for (int choice = 0; choice < kConfigs; ++choice) {
-      const std::string name =
-          std::string("GemmSkinny/") + s.name + "/" + std::to_string(m) + "/" + std::to_string(choice);
-      gpu_benchmark(benchmark::RegisterBenchmark(
-          name, [&s, m, choice](benchmark::State& state) { skinny(state, s, m, choice); }));
+      add("GemmSkinny" + which + "/" + std::to_string(choice),
+          [&s, m, choice](benchmark::State& state) { skinny(state, s, m, choice); });
     }
   }
 }
