@@ -85,7 +85,7 @@ void decode(benchmark::State& state, bool apply_results) {
   StepResult result;
   std::vector<TokenDelta> deltas;
   std::unique_ptr<Scheduler> scheduler;
-  Step step;
+  PlannedStep step;
   const TimePoint now = Clock::now();
   const auto apply = [&] {
     result.tokens.assign(step.plan.rows.size(), 5);

@@ -112,7 +112,7 @@ void Scheduler::fail(Sequence& seq, ErrorKind kind, const std::string& sentence,
   destroy_if_unused(request);
 }
 
-void Scheduler::on_result(const Step& step, const StepResult& result, TimePoint now) {
+void Scheduler::on_result(const PlannedStep& step, const StepResult& result, TimePoint now) {
   const StepPlan& plan = step.plan;
   --steps_in_flight_;
   std::size_t scored = 0;

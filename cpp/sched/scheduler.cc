@@ -18,7 +18,7 @@ Scheduler::Scheduler(const EngineConfig& config, ModelLimits model, const KvConf
 
 Scheduler::~Scheduler() = default;
 
-bool Scheduler::schedule(Step& step, TimePoint now) {
+bool Scheduler::schedule(PlannedStep& step, TimePoint now) {
   expire(now);
   step.plan.clear();
   step.plan.id = next_plan_;
@@ -49,7 +49,7 @@ bool Scheduler::schedule(Step& step, TimePoint now) {
 }
 
 // True if somebody was preempted.
-bool Scheduler::plan_running(Step& step) {
+bool Scheduler::plan_running(PlannedStep& step) {
   bool preempted = false;
   for (std::size_t i = 0; i < running_.size() && budget_ > 0; ++i) {
     Sequence& seq = *running_[i];
@@ -67,14 +67,14 @@ bool Scheduler::plan_running(Step& step) {
   return preempted;
 }
 
-void Scheduler::plan_waiting(Step& step, TimePoint now) {
+void Scheduler::plan_waiting(PlannedStep& step, TimePoint now) {
   while (budget_ > 0 && !waiting_.empty() && !free_slots_.empty()) {
     if (!admit(**waiting_.begin(), step, now)) return;
   }
 }
 
 // False, with nothing changed, if the sequence does not fit now.
-bool Scheduler::admit(Sequence& seq, Step& step, TimePoint now) {
+bool Scheduler::admit(Sequence& seq, PlannedStep& step, TimePoint now) {
   StepPlan& plan = step.plan;
   if (seq.state == SeqState::Swapped) {
     if (!admits(kv_.num_blocks_for(seq.num_tokens()), kv_.num_free(), watermark_, running_.size())) return false;
@@ -169,14 +169,14 @@ void Scheduler::add_planned(Sequence& seq, std::int32_t num_tokens, bool was_run
   (decode ? decodes_ : chunks_).push_back({&seq, num_tokens});
 }
 
-void Scheduler::emit_rows(Step& step) {
+void Scheduler::emit_rows(PlannedStep& step) {
   for (const Planned& p : decodes_) emit_row(*p.seq, p.num_tokens, step);
   step.plan.num_decode_rows = static_cast<std::int32_t>(decodes_.size());
   for (const Planned& p : chunks_) emit_row(*p.seq, p.num_tokens, step);
   if (!step.plan.next_tokens.empty()) step.plan.next_tokens.resize(step.plan.tokens.size(), -1);
 }
 
-void Scheduler::emit_row(Sequence& seq, std::int32_t num_tokens, Step& step) {
+void Scheduler::emit_row(Sequence& seq, std::int32_t num_tokens, PlannedStep& step) {
   StepPlan& plan = step.plan;
   Request& request = *seq.req;
   const auto row_index = static_cast<std::int32_t>(plan.rows.size());

@@ -34,7 +34,7 @@ struct ModelLimits {
 };
 
 // A plan and whose rows it has. Owned by a ring; immutable between schedule() and on_result().
-struct Step {
+struct PlannedStep {
   StepPlan plan;
   std::vector<Sequence*> seqs;  // parallel to plan.rows
 };
@@ -54,8 +54,8 @@ class Scheduler {
   void fail_all(const std::string& sentence, TimePoint now);
 
   // Fills the step; false if nothing can run before a result arrives.
-  bool schedule(Step& step, TimePoint now);
-  void on_result(const Step& step, const StepResult& result, TimePoint now);
+  bool schedule(PlannedStep& step, TimePoint now);
+  void on_result(const PlannedStep& step, const StepResult& result, TimePoint now);
   // Ends one request with Error while the rest goes on.
   void fail(Sequence& seq, ErrorKind kind, const std::string& sentence, TimePoint now);
 
@@ -99,15 +99,15 @@ class Scheduler {
   };
 
   // scheduler.cc: planning
-  bool plan_running(Step& step);
-  void plan_waiting(Step& step, TimePoint now);
-  bool admit(Sequence& seq, Step& step, TimePoint now);
+  bool plan_running(PlannedStep& step);
+  void plan_waiting(PlannedStep& step, TimePoint now);
+  bool admit(Sequence& seq, PlannedStep& step, TimePoint now);
   std::int32_t attach_kv(Sequence& seq);
   bool can_plan(const Sequence& seq) const;
   void preempt(Sequence& seq);
   void add_planned(Sequence& seq, std::int32_t num_tokens, bool was_running);
-  void emit_rows(Step& step);
-  void emit_row(Sequence& seq, std::int32_t num_tokens, Step& step);
+  void emit_rows(PlannedStep& step);
+  void emit_row(Sequence& seq, std::int32_t num_tokens, PlannedStep& step);
   void emit_prompt_logprobs(Sequence& seq, Row& row, StepPlan& plan);
   void expire(TimePoint now);
 

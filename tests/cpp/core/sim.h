@@ -76,7 +76,7 @@ class Sim {
 
   // Schedules and submits one plan.
   bool submit() {
-    Step& step = ring_[submitted_ % ring_.size()];
+    PlannedStep& step = ring_[submitted_ % ring_.size()];
     if (!scheduler_.schedule(step, now)) {
       check();
       return false;
@@ -100,7 +100,7 @@ class Sim {
 
   // Waits for the oldest plan and applies its result.
   void finish() {
-    const Step& step = ring_[waited_ % ring_.size()];
+    const PlannedStep& step = ring_[waited_ % ring_.size()];
     const StepResult& result = executor_->wait(step.plan.id);
     ++waited_;
     scheduler_.on_result(step, result, now);
@@ -157,7 +157,7 @@ class Sim {
   }
 
   KvConfig kv_;
-  std::vector<Step> ring_;
+  std::vector<PlannedStep> ring_;
   int vocab_;
   Scheduler scheduler_;
   std::unique_ptr<Executor> executor_;
