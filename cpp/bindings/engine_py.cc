@@ -1,9 +1,12 @@
 // fastllm.Engine as a Python class. Whatever may wait runs without the GIL.
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <optional>
 
 #include "bindings/convert.h"
 #include "fastllm/engine.h"
+#include "sched/merge_deltas.h"
 
 namespace fastllm {
 namespace {
@@ -68,10 +71,27 @@ void submit(Engine& engine, std::uint64_t id, const TokenArray& prompt, const Sa
   engine.submit(std::move(input));
 }
 
-std::vector<TokenDelta> poll(Engine& engine, double timeout_s) {
-  std::vector<TokenDelta> out;
+bool any_ended(const std::vector<TokenDelta>& deltas) {
+  return std::ranges::any_of(deltas, [](const TokenDelta& d) { return d.finish != FinishReason::None; });
+}
+
+// until_end: gathers, one delta per sequence, until one of them ends.
+std::vector<TokenDelta> poll(Engine& engine, double timeout_s, bool until_end) {
+  std::vector<TokenDelta> out, news;
   py::gil_scoped_release release;
-  engine.poll(out, milliseconds(timeout_s));
+  const TimePoint deadline = Clock::now() + milliseconds(timeout_s);
+  if (!until_end) {
+    engine.poll(out, milliseconds(timeout_s));
+    return out;
+  }
+  for (bool ended = false; !ended;) {
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
+    if (!engine.poll(news, std::max(left, std::chrono::milliseconds(0)))) break;
+    ended = any_ended(news);
+    out.insert(out.end(), std::make_move_iterator(news.begin()), std::make_move_iterator(news.end()));
+    merge_deltas(out);
+    if (left.count() <= 0) break;
+  }
   return out;
 }
 
@@ -92,10 +112,11 @@ void bind_engine(py::module_& m) {
           "abort",
           [](Engine& e, std::uint64_t id, std::optional<int> index) { index ? e.abort(id, *index) : e.abort(id); },
           py::arg("id"), py::arg("index") = py::none(), release())
-      .def("poll", &poll, py::arg("timeout_s") = 0.0)
+      .def("poll", &poll, py::arg("timeout_s") = 0.0, py::arg("until_end") = false)
       .def("event_fd", &Engine::event_fd)
       .def("stats", &Engine::stats, release())
       .def_property_readonly("config", [](const Engine& e) { return e.config(); })
+      .def_property_readonly("memory", [](const Engine& e) { return e.memory(); })
       .def_property_readonly("spec_json", [](const Engine& e) { return spec_to_json(e.spec()); })
       .def("reset_prefix_cache", &Engine::reset_prefix_cache, release())
       .def(

@@ -57,5 +57,22 @@ PYBIND11_MODULE(_core, m) {
       py::arg("spec_json"), py::arg("weights"), py::arg("path"), py::arg("dtype"),
       py::call_guard<py::gil_scoped_release>());
   m.def("usable_cores", &usable_cores);
+  m.def("cuda_device_count", [] {
+    std::string why;
+    int count = 0;
+    {
+      py::gil_scoped_release release;
+      count = cuda_device_count(&why);
+    }
+    return py::make_tuple(count, why);
+  });
+  m.def(
+      "cuda_device_memory",
+      [](int device) {
+        CudaOptions options;
+        options.device = device;
+        return make_cuda_backend(options)->info().memory_total;
+      },
+      py::arg("device"), py::call_guard<py::gil_scoped_release>());
   m.def("cpu_isa", [] { return make_cpu_backend(1)->info().name; });
 }

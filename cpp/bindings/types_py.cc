@@ -46,6 +46,10 @@ void bind_types(py::module_& m) {
       .def_readwrite("kv_cache_bytes", &EngineConfig::kv_cache_bytes)
       .def_readwrite("num_blocks", &EngineConfig::num_blocks)
       .def_readwrite("swap_bytes", &EngineConfig::swap_bytes)
+      .def_readwrite("kv_cache_dtype", &EngineConfig::kv_cache_dtype)
+      .def_readwrite("gpu_memory_utilization", &EngineConfig::gpu_memory_utilization)
+      .def_readwrite("enforce_eager", &EngineConfig::enforce_eager)
+      .def_readwrite("deterministic", &EngineConfig::deterministic)
       .def_property(
           "preemption", [](const EngineConfig& c) { return name_of(c.preemption); },
           [](EngineConfig& c, const std::string& v) { c.preemption = preemption_from_name(v); })
@@ -129,8 +133,19 @@ void bind_types(py::module_& m) {
       .def_readonly("num_finished", &EngineStats::num_finished)
       .def_readonly("num_aborted", &EngineStats::num_aborted)
       .def_readonly("block_leaks", &EngineStats::block_leaks)
+      .def_readonly("host_s", &EngineStats::host_s)
       .def_readonly("last_step_age_s", &EngineStats::last_step_age_s)
       .def_readonly("healthy", &EngineStats::healthy);
+
+  py::class_<EngineMemory>(m, "EngineMemory")
+      .def_readonly("device", &EngineMemory::device)
+      .def_readonly("total", &EngineMemory::total)
+      .def_readonly("weights", &EngineMemory::weights)
+      .def_readonly("activations", &EngineMemory::activations)
+      .def_readonly("graphs", &EngineMemory::graphs)
+      .def_readonly("kv_cache", &EngineMemory::kv_cache)
+      .def_readonly("other", &EngineMemory::other)
+      .def_readonly("free", &EngineMemory::free);
 }
 
 }  // namespace fastllm

@@ -1,15 +1,20 @@
 #include "fastllm/engine.h"
 
 #include <algorithm>
+#include <charconv>
+#include <cstdint>
 #include <limits>
 #include <string>
+#include <system_error>
 #include <utility>
 
+#include "backend/backend.h"
 #include "base/thread_pool.h"
 #include "fastllm/error.h"
 #include "model/bundle.h"
 #include "runtime/engine_loop.h"
 #include "runtime/local_executor.h"
+#include "runtime/memory_advice.h"
 #include "runtime/null_executor.h"
 
 namespace fastllm {
@@ -20,6 +25,41 @@ void require_at_least(const char* field, T value, T low) {
   if (value >= low) return;
   throw InvalidArgument(std::string(field) + " is " + std::to_string(value) + ", but must be at least " +
                         std::to_string(low) + ".");
+}
+
+bool is_gpu(const EngineConfig& config) { return config.device.starts_with("cuda"); }
+
+// "auto" becomes "cuda" or "cpu"; a GPU that was asked for must be there.
+std::string choose_device(const std::string& wanted, int ranks) {
+  if (wanted == "cpu") return wanted;
+  std::string why;
+  if (wanted == "auto") return cuda_device_count(&why) >= ranks ? "cuda" : "cpu";
+  int first = 0;
+  const std::string number = wanted.starts_with("cuda:") ? wanted.substr(5) : "0";
+  const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), first);
+  if ((wanted != "cuda" && !wanted.starts_with("cuda:")) || error != std::errc{} ||
+      end != number.data() + number.size() || first < 0 || first > INT32_MAX - ranks) {
+    throw InvalidArgument("device is '" + wanted + "', but must be auto, cpu, cuda or cuda:N.");
+  }
+  const int count = cuda_device_count(&why);
+  if (count == 0) throw ResourceError("device '" + wanted + "' cannot be used: " + why);
+  if (first + ranks > count) {
+    throw ResourceError("device '" + wanted + "' with tensor_parallel_size " + std::to_string(ranks) + " needs " +
+                        std::to_string(first + ranks) + " GPUs, but " + std::to_string(count) + " can be used.");
+  }
+  return wanted;
+}
+
+void check_device_settings(const EngineConfig& config) {
+  if (!(config.gpu_memory_utilization > 0 && config.gpu_memory_utilization <= 1)) {
+    throw InvalidArgument("gpu_memory_utilization is " + std::to_string(config.gpu_memory_utilization) +
+                          ", but must be above 0 and at most 1.");
+  }
+  if (config.kv_cache_dtype == "auto") return;
+  if (config.kv_cache_dtype != "fp8")
+    throw InvalidArgument("kv_cache_dtype is '" + config.kv_cache_dtype + "', but must be auto or fp8.");
+  if (!is_gpu(config))
+    throw InvalidArgument("kv_cache_dtype 'fp8' needs a GPU; the device is '" + config.device + "'.");
 }
 
 // Replaces the zeros that depend on the model and the machine, not on measured memory.
@@ -55,7 +95,8 @@ KvConfig size_kv(const EngineConfig& config, const KvBudget& budget) {
   kv.prefix_caching = config.prefix_caching;
   kv.device_blocks = budget.device_blocks;
   if (config.kv_cache_bytes == 0 && config.num_blocks == 0) kv.resident_blocks = budget.resident_blocks;
-  if (config.kv_cache_bytes > 0) kv.device_blocks = config.kv_cache_bytes / budget.bytes_per_block;
+  // On GPUs kv_cache_bytes is meant for each of them, as the budget knows.
+  if (config.kv_cache_bytes > 0 && !is_gpu(config)) kv.device_blocks = config.kv_cache_bytes / budget.bytes_per_block;
   if (config.num_blocks > 0) kv.device_blocks = std::min(config.num_blocks, kMaxBlocks) + 1;
   kv.host_blocks = config.swap_bytes / budget.bytes_per_block;
   if (kv.device_blocks < 2) {
@@ -66,9 +107,28 @@ KvConfig size_kv(const EngineConfig& config, const KvBudget& budget) {
   return kv;
 }
 
-std::unique_ptr<EngineLoop> start(EngineConfig& config, const ModelSpec& spec, std::unique_ptr<Executor> executor) {
-  const KvConfig kv = size_kv(config, executor->profile());
-  executor->init_kv(kv.device_blocks, kv.host_blocks);
+// Runs one phase of a start; a GPU that runs out of memory in it says what to change.
+template <class F>
+auto in_phase(StartPhase phase, const EngineConfig& config, F&& run) {
+  try {
+    return run();
+  } catch (const ResourceError& e) {
+    if (!is_gpu(config)) throw;
+    throw ResourceError(std::string(e.what()) + "; " + memory_advice(phase, config));
+  }
+}
+
+std::unique_ptr<EngineLoop> start(EngineConfig& config, const ModelSpec& spec, std::unique_ptr<Executor> executor,
+                                  EngineMemory& memory) {
+  StartUse use;
+  use.loaded = executor->device_use();
+  const KvBudget budget = in_phase(StartPhase::WorstStep, config, [&] { return executor->profile(); });
+  const KvConfig kv = size_kv(config, budget);
+  use.stepped = executor->device_use();
+  in_phase(StartPhase::KvCache, config, [&] { executor->init_kv(kv.device_blocks, kv.host_blocks); });
+  use.ready = executor->device_use();
+  use.kv_bytes = kv.device_blocks * (budget.bytes_per_block / config.tensor_parallel_size);
+  memory = memory_of(use);
   config.num_blocks = kv.device_blocks - 1;
   ModelLimits model{spec.embed.vocab, config.max_model_len, spec.eos};
   return std::make_unique<EngineLoop>(config, std::move(model), kv, std::move(executor));
@@ -79,6 +139,7 @@ std::unique_ptr<EngineLoop> start(EngineConfig& config, const ModelSpec& spec, s
 struct Engine::Impl {
   EngineConfig config;
   ModelSpec spec;
+  EngineMemory memory;
   std::unique_ptr<EngineLoop> loop;
 };
 
@@ -87,8 +148,11 @@ std::unique_ptr<Engine> Engine::create(const EngineConfig& config, ModelSource s
   check_spec(source.spec);
   impl->spec = source.spec;
   impl->config = resolve(config, impl->spec.max_len);
-  auto executor = make_local_executor(impl->config, std::move(source), std::move(progress));
-  impl->loop = start(impl->config, impl->spec, std::move(executor));
+  impl->config.device = choose_device(config.device, config.tensor_parallel_size);
+  check_device_settings(impl->config);
+  auto executor = in_phase(StartPhase::Weights, impl->config,
+                           [&] { return make_local_executor(impl->config, std::move(source), std::move(progress)); });
+  impl->loop = start(impl->config, impl->spec, std::move(executor), impl->memory);
   return std::unique_ptr<Engine>(new Engine(std::move(impl)));
 }
 
@@ -104,9 +168,10 @@ std::unique_ptr<Engine> Engine::create_null(const EngineConfig& config, const Nu
   impl->spec.max_len = model.max_len;
   impl->spec.eos.assign(model.eos.begin(), model.eos.end());
   impl->config = resolve(config, impl->spec.max_len);
+  impl->config.device = "cpu";
   NullModel resolved = model;
   resolved.max_len = impl->config.max_model_len;
-  impl->loop = start(impl->config, impl->spec, make_null_executor(impl->config, resolved));
+  impl->loop = start(impl->config, impl->spec, make_null_executor(impl->config, resolved), impl->memory);
   return std::unique_ptr<Engine>(new Engine(std::move(impl)));
 }
 
@@ -121,6 +186,7 @@ bool Engine::poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeou
 }
 int Engine::event_fd() const { return impl_->loop->event_fd(); }
 EngineStats Engine::stats() const { return impl_->loop->stats(); }
+const EngineMemory& Engine::memory() const { return impl_->memory; }
 const EngineConfig& Engine::config() const { return impl_->config; }
 const ModelSpec& Engine::spec() const { return impl_->spec; }
 void Engine::reset_prefix_cache() { impl_->loop->reset_prefix_cache(); }

@@ -82,6 +82,7 @@ void EngineLoop::shutdown() {
 }
 
 void EngineLoop::run() {
+  busy_since_ = Clock::now();
   while (!stopping_) {
     try {
       turn();
@@ -101,7 +102,9 @@ void EngineLoop::turn() {
       std::lock_guard lock(state_mutex_);
       asleep_ = true;
     }
+    add_host_time();
     inbox_.wait_take(commands_);
+    busy_since_ = Clock::now();
     obey(commands_);
   }
   if (stopping_) {
@@ -141,7 +144,7 @@ void EngineLoop::obey(std::vector<Command>& commands) {
 
 bool EngineLoop::submit_step() {
   if (!scheduler_.has_requests()) return false;
-  Step& step = ring_[num_submitted_ % ring_.size()];
+  PlannedStep& step = ring_[num_submitted_ % ring_.size()];
   if (!scheduler_.schedule(step, Clock::now())) return false;
   ++num_submitted_;
   executor_->submit(step.plan);
@@ -150,7 +153,7 @@ bool EngineLoop::submit_step() {
 }
 
 // While the device computes. A grammar that throws fails its request; its row samples freely and is dropped.
-void EngineLoop::fill_masks(const Step& step) {
+void EngineLoop::fill_masks(const PlannedStep& step) {
   const std::size_t words = (static_cast<std::size_t>(vocab_) + 31) / 32;
   const std::vector<std::int32_t>& rows = step.plan.masked_rows;
   masks_.assign(rows.size() * words, 0);
@@ -168,11 +171,19 @@ void EngineLoop::fill_masks(const Step& step) {
 }
 
 void EngineLoop::finish_step() {
-  const Step& step = ring_[num_waited_ % ring_.size()];
+  const PlannedStep& step = ring_[num_waited_ % ring_.size()];
+  add_host_time();
   const StepResult& result = executor_->wait(step.plan.id);
+  busy_since_ = Clock::now();
   ++num_waited_;
   if (!result.error.empty()) throw Error(result.error);
   scheduler_.on_result(step, result, Clock::now());
+}
+
+void EngineLoop::add_host_time() {
+  const TimePoint now = Clock::now();
+  host_time_ += now - busy_since_;
+  busy_since_ = now;
 }
 
 void EngineLoop::fault(const std::string& sentence) {
@@ -187,10 +198,12 @@ void EngineLoop::fault(const std::string& sentence) {
 void EngineLoop::publish() {
   if (scheduler_.idle()) block_leaks_ = std::max(block_leaks_, scheduler_.kv().snapshot().used);
   scheduler_.take_deltas(deltas_);
+  add_host_time();
   {
     std::lock_guard lock(state_mutex_);
     scheduler_.fill_stats(stats_);
     stats_.block_leaks = block_leaks_;
+    stats_.host_s = std::chrono::duration<double>(host_time_).count();
     stats_.healthy = fault_.empty();
     last_turn_ = Clock::now();
     asleep_ = false;

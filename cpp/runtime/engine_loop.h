@@ -56,14 +56,15 @@ class EngineLoop {
   void turn();
   void obey(std::vector<Command>& commands);
   bool submit_step();
-  void fill_masks(const Step& step);
+  void fill_masks(const PlannedStep& step);
   void finish_step();
+  void add_host_time();
   void fault(const std::string& sentence);
   void publish();
 
   const EngineConfig config_;
   const int vocab_;
-  std::vector<Step> ring_;  // [depth]; outlives the executor, which may still read a plan
+  std::vector<PlannedStep> ring_;  // [depth]; outlives the executor, which may still read a plan
   Scheduler scheduler_;
   std::unique_ptr<Executor> executor_;
   std::uint64_t num_submitted_ = 0, num_waited_ = 0;  // plans
@@ -73,6 +74,8 @@ class EngineLoop {
   std::string fault_;                 // why the executor is not used any more
   std::int64_t block_leaks_ = 0;
   bool stopping_ = false;
+  Clock::duration host_time_{0};  // outside waits, up to busy_since_
+  TimePoint busy_since_{};
 
   EventFd event_;
   Mailbox<Command> inbox_;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <string>
 
 #include "sched/step_plan.h"
 
@@ -20,12 +21,21 @@ struct KvBudget {
   std::int64_t resident_blocks = std::numeric_limits<std::int64_t>::max();
 };
 
+// The memory of the first rank's GPU at this moment; all zero on CPUs. Bytes.
+struct DeviceUse {
+  std::string name;
+  std::int64_t total = 0, free = 0;
+  std::int64_t weights = 0;  // packed, of this rank
+};
+
 class Executor {
  public:
   virtual ~Executor() = default;
   // Blocks that fit the configuration and the memory; nothing is allocated yet.
   virtual KvBudget profile() = 0;
   virtual void init_kv(std::int64_t device_blocks, std::int64_t host_blocks) = 0;
+  // Between steps only.
+  virtual DeviceUse device_use() { return {}; }
   // Returns after enqueueing. The plan must stay as it is until wait(plan.id) returned.
   virtual void submit(const StepPlan& plan) = 0;
   // Required once for every plan with masked_rows: [masked_rows, ceil(vocab / 32)], see TokenMask. Copied.

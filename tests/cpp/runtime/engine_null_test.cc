@@ -36,6 +36,8 @@ TEST(EngineNull, AnswersAndTellsItsConfiguration) {
     }
   }
   EXPECT_EQ(tokens, 7u);
+  EXPECT_GT(engine->stats().host_s, 0);
+  EXPECT_EQ(engine->memory().total, 0);
 }
 
 TEST(EngineNull, SizesTheKvCacheFromBlocksThenBytesThenTheModel) {

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "fastllm/error.h"
+#include "runtime/memory_advice.h"
 
 namespace fastllm {
 namespace {
@@ -62,6 +63,84 @@ TEST(KvBudget, test_a_pool_beyond_the_free_memory_is_refused_with_a_size_that_fi
           << e.what();
     }
   }
+}
+
+std::string error_of(const EngineConfig& c, std::int64_t bytes_per_block, std::int64_t total, std::int64_t free) {
+  try {
+    gpu_kv_budget(c, bytes_per_block, total, free);
+  } catch (const ResourceError& e) {
+    return e.what();
+  }
+  return {};
+}
+
+TEST(GpuKvBudget, test_the_cache_is_what_utilization_leaves_after_the_worst_step) {
+  EngineConfig c = config(4096, 256);
+  c.gpu_memory_utilization = 0.5;
+  // 80 GiB, 20 of them in use: 40 - 20 GiB remain.
+  EXPECT_EQ(gpu_kv_budget(c, 2 * kMiB, 80 * kGiB, 60 * kGiB).device_blocks, 10 * 1024);
+  c.swap_bytes = 4 * kGiB;
+  EXPECT_EQ(gpu_kv_budget(c, 2 * kMiB, 80 * kGiB, 60 * kGiB).host_blocks, 2048);
+  c.kv_cache_bytes = 30 * kGiB;  // the user's size may exceed the share
+  EXPECT_EQ(gpu_kv_budget(c, 2 * kMiB, 80 * kGiB, 60 * kGiB).device_blocks, 15 * 1024);
+  c.num_blocks = 7;
+  EXPECT_EQ(gpu_kv_budget(c, 2 * kMiB, 80 * kGiB, 60 * kGiB).device_blocks, 8);
+}
+
+TEST(GpuKvBudget, test_a_tiny_model_gets_enough_blocks_not_all) {
+  EXPECT_EQ(gpu_kv_budget(config(512, 16), 1024, 80 * kGiB, 79 * kGiB).device_blocks, 1 << 20);
+  EXPECT_EQ(gpu_kv_budget(config(16 << 10, 2048), 1024, 80 * kGiB, 79 * kGiB).device_blocks, 2048 * 1024 + 1);
+}
+
+TEST(GpuKvBudget, test_too_little_room_names_flags_that_work) {
+  EngineConfig c = config(1600, 1);
+  c.gpu_memory_utilization = 0.5;
+  // 10 GiB, 4 in use: 1 GiB holds 16 blocks of 64 MiB, one of them reserved; 101 blocks take 6.3 GiB.
+  std::string text = error_of(c, 64 * kMiB, 10 * kGiB, 6 * kGiB);
+  EXPECT_NE(text.find("--max-model-len 240 "), std::string::npos) << text;
+  EXPECT_NE(text.find("--kv-cache-dtype fp8"), std::string::npos) << text;
+  EXPECT_EQ(text.find("--gpu-memory-utilization"), std::string::npos) << text;
+
+  c.max_model_len = 800;
+  text = error_of(c, 64 * kMiB, 10 * kGiB, 6 * kGiB);
+  EXPECT_NE(text.find("--gpu-memory-utilization 0.72"), std::string::npos) << text;
+  c.gpu_memory_utilization = 0.72;
+  EXPECT_EQ(error_of(c, 64 * kMiB, 10 * kGiB, 6 * kGiB), "");
+  c.gpu_memory_utilization = 0.5, c.max_model_len = 240;
+  EXPECT_EQ(error_of(c, 64 * kMiB, 10 * kGiB, 6 * kGiB), "");
+
+  c.gpu_memory_utilization = 0.2;  // less than the weights take
+  text = error_of(c, 64 * kMiB, 10 * kGiB, 6 * kGiB);
+  EXPECT_NE(text.find("use --gpu-memory-utilization 0.50"), std::string::npos) << text;
+}
+
+TEST(MemoryAdvice, test_every_phase_names_a_smaller_value) {
+  EngineConfig c;
+  c.max_step_tokens = 8192, c.max_num_seqs = 1024, c.gpu_memory_utilization = 0.98;
+  EXPECT_NE(memory_advice(StartPhase::Weights, c).find("--tensor-parallel-size 2"), std::string::npos);
+  const std::string step = memory_advice(StartPhase::WorstStep, c);
+  EXPECT_NE(step.find("--max-num-batched-tokens 4096"), std::string::npos) << step;
+  EXPECT_NE(step.find("--max-num-seqs 512"), std::string::npos) << step;
+  const std::string cache = memory_advice(StartPhase::KvCache, c);
+  EXPECT_NE(cache.find("--gpu-memory-utilization 0.93"), std::string::npos) << cache;
+  EXPECT_NE(cache.find("--enforce-eager"), std::string::npos) << cache;
+  c.enforce_eager = true;
+  EXPECT_EQ(memory_advice(StartPhase::KvCache, c).find("--enforce-eager"), std::string::npos);
+}
+
+TEST(MemoryAdvice, test_the_parts_of_a_gpus_memory_add_up) {
+  StartUse use;
+  use.loaded = {"gpu", 80 * kGiB, 64 * kGiB, 15 * kGiB};
+  use.stepped = {"gpu", 80 * kGiB, 62 * kGiB, 15 * kGiB};
+  use.ready = {"gpu", 80 * kGiB, 11 * kGiB, 15 * kGiB};
+  use.kv_bytes = 50 * kGiB;
+  const EngineMemory m = memory_of(use);
+  EXPECT_EQ(m.weights, 15 * kGiB);
+  EXPECT_EQ(m.activations, 2 * kGiB);
+  EXPECT_EQ(m.graphs, 1 * kGiB);
+  EXPECT_EQ(m.other, 1 * kGiB);
+  EXPECT_EQ(m.weights + m.activations + m.graphs + m.kv_cache + m.other + m.free, m.total);
+  EXPECT_EQ(memory_of(StartUse{}).total, 0);
 }
 
 }  // namespace
