@@ -26,6 +26,10 @@ class EngineConfig:
     kv_cache_bytes: int
     num_blocks: int
     swap_bytes: int
+    kv_cache_dtype: str  # "auto" | "fp8"
+    gpu_memory_utilization: float
+    enforce_eager: bool
+    deterministic: bool
     preemption: str  # "recompute" | "swap"
     policy: str  # "fcfs" | "priority"
     prefix_caching: bool
@@ -113,8 +117,21 @@ class EngineStats:
     num_finished: int
     num_aborted: int
     block_leaks: int
+    host_s: float  # the engine thread's time outside its waits
     last_step_age_s: float
     healthy: bool
+
+class EngineMemory:
+    """fastllm::EngineMemory: what the memory of the first GPU went to, in bytes; all zero on CPUs."""
+
+    device: str
+    total: int
+    weights: int
+    activations: int
+    graphs: int
+    kv_cache: int
+    other: int
+    free: int
 
 class Engine:
     @staticmethod
@@ -148,12 +165,17 @@ class Engine:
         """
     def abort(self, id: int, index: int | None = None) -> None:
         """Ends a request, or one sample of it."""
-    def poll(self, timeout_s: float = 0.0) -> list[TokenDelta]:
-        """Everything since the last poll; the GIL is released while it waits."""
+    def poll(self, timeout_s: float = 0.0, until_end: bool = False) -> list[TokenDelta]:
+        """Everything since the last poll, one delta per sequence; the GIL is released while it waits.
+
+        until_end: waits for the end of a sequence, not for any token.
+        """
     def event_fd(self) -> int: ...
     def stats(self) -> EngineStats: ...
     @property
     def config(self) -> EngineConfig: ...
+    @property
+    def memory(self) -> EngineMemory: ...
     @property
     def spec_json(self) -> str: ...
     def reset_prefix_cache(self) -> None: ...
@@ -167,4 +189,10 @@ def export_weights(spec_json: str, weights: Sequence[WeightBinding], path: str, 
     """Writes canonical tensors as safetensors, one at a time. dtype: "float32" | "bfloat16" | "float16"."""
 
 def usable_cores() -> int: ...
+def cuda_device_count() -> tuple[int, str]:
+    """GPUs that can be used, and what is missing when there are none. Loads the GPU backend if it is there."""
+
+def cuda_device_memory(device: int) -> int:
+    """Bytes of a GPU. Raises ResourceError if it cannot be used."""
+
 def cpu_isa() -> str: ...

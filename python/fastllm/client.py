@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from fastllm import _core
 from fastllm.config import ModelConfig, sampling_defaults
+from fastllm.device import choose_device, memory_line
 from fastllm.engine_args import EngineArgs
 from fastllm.errors import InvalidArgument, LoadError
 from fastllm.loader.model import ModelFiles, open_model
@@ -53,15 +54,20 @@ class EngineClient:
         self._by_name: dict[str, RequestState] = {}
 
     @classmethod
-    def load(cls, args: EngineArgs) -> EngineClient:
-        """Loads the model and starts the engine. Raises LoadError or InvalidArgument with a sentence."""
+    def load(cls, args: EngineArgs, *, offline: bool = False) -> EngineClient:
+        """Loads the model and starts the engine. Raises LoadError or InvalidArgument with a sentence.
+
+        offline: limits that were not chosen favour the throughput of batches.
+        """
         if args.model == "null" or args.load_format == "null":
             return cls._load_null(args)
         started = time.monotonic()
         files = open_model(args)
-        _log_dtype(args, files)
         limit = files.spec["max_len"]
-        core_config = args.to_core(_checked_max_len(args, limit), files.spec["embed"]["vocab"])
+        max_len = _checked_max_len(args, limit)
+        device = choose_device(args.device, args.tensor_parallel_size)
+        _log_dtype(args, files)
+        core_config = args.to_core(max_len, files.spec["embed"]["vocab"], device, offline=offline)
         progress = Progress("Loading weights", 0, "B")
         if files.is_bundle:
             core = _core.Engine.open(core_config, str(files.path), progress.update)
@@ -75,6 +81,9 @@ class EngineClient:
             core = _core.Engine.create(core_config, files.spec_json, core_bindings(files), update)
         progress.close()
         log.info("Loaded %s in %.1f s.", args.model, time.monotonic() - started)
+        if core.memory.total:
+            kv_tokens = core.config.num_blocks * core.config.block_size
+            log.info("%s", memory_line(core.memory, kv_tokens, core.config.max_model_len))
         config = ModelConfig(
             model=args.model,
             served_model_names=args.served_model_names,
@@ -119,8 +128,8 @@ class EngineClient:
         if not ids:
             raise ValueError("The prompt is empty: it must have at least one token.")
         vocab = self.model_config.vocab_size
-        outside = next((i for i in ids if type(i) is not int or not 0 <= i < vocab), None)
-        if outside is not None:
+        if {*map(type, ids)} != {int} or min(ids) < 0 or max(ids) >= vocab:
+            outside = next(i for i in ids if type(i) is not int or not 0 <= i < vocab)
             raise ValueError(f"Token id {outside!r} is out of vocabulary: ids are 0 to {vocab - 1}.")
         if len(ids) >= limit:
             raise ValueError(
@@ -187,9 +196,9 @@ class EngineClient:
         self._by_name[request_id] = state
         return state
 
-    def poll(self, timeout_s: float = 0.0) -> list[RequestState]:
-        """The requests that changed since the last poll."""
-        changed, to_abort = self._outputs.process(self.core.poll(timeout_s))
+    def poll(self, timeout_s: float = 0.0, *, until_end: bool = False) -> list[RequestState]:
+        """The requests that changed since the last poll. until_end: waits for the end of a sample, not any token."""
+        changed, to_abort = self._outputs.process(self.core.poll(timeout_s, until_end))
         for core_id, index in to_abort:
             self.core.abort(core_id, index)
         for state in changed:
@@ -243,7 +252,7 @@ def _checked_max_len(args: EngineArgs, limit: int) -> int:
 def _log_dtype(args: EngineArgs, files: ModelFiles) -> None:
     wanted = files.checkpoint_dtype if args.dtype == "auto" else args.dtype
     if wanted in ("float16", "half"):
-        log.info("float16 is computed in bfloat16 on CPUs: the same size, more range, less precision.")
+        log.info("float16 is computed in bfloat16: the same size, more range, less precision.")
     elif wanted == "float32" and args.dtype == "auto":
         log.info("The float32 checkpoint is cast down to bfloat16; pass dtype=float32 to keep it.")
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastllm.arg_parser import OnOff, parse_length, parse_size
+from fastllm.device import Device, default_limits, is_device_name
 
 if TYPE_CHECKING:
     from fastllm import _core
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy", "null")
 
 
@@ -69,23 +71,40 @@ class EngineArgs:
     quantization: str | None = _arg(None, "model", "only checkpoints' own formats (GGUF) are supported")
     seed: int = _arg(0, "model", "seed of requests that have none", type=int)
 
-    device: str = _arg("auto", "device", "auto or cpu")
+    device: str = _arg("auto", "device", "cpu, cuda or cuda:N; auto: a GPU if one can be used, else the CPU")
     tensor_parallel_size: int = _arg(1, "device", "ranks that share every layer", type=int, short="-tp")
     pipeline_parallel_size: int = _arg(1, "device", "accepted; only 1 is supported", type=int, short="-pp")
     cpu_threads: int = _arg(0, "device", "threads over all ranks; 0: the usable cores", type=int)
-    gpu_memory_utilization: float = _arg(0.92, "device", "share of a GPU's memory; unused on CPUs", type=float)
+    gpu_memory_utilization: float = _arg(
+        0.92, "device", "share of a GPU's memory for weights, activations and KV cache; unused on CPUs", type=float
+    )
     enforce_eager: bool = _arg(False, "device", "no GPU graphs; CPUs have none", action=OnOff)
+    deterministic: bool = _arg(
+        False, "device", "GPU kernels whose results do not depend on the rest of the batch (slower)", action=OnOff
+    )
 
     block_size: int | None = _arg(None, "cache", "tokens per KV block; default 16", type=int)
     kv_cache_memory_bytes: int | None = _arg(
         None, "cache", "KV cache, such as 2G; default: sized from the free memory", type=parse_size
     )
+    kv_cache_dtype: str = _arg(
+        "auto", "cache", "auto: as the activations; fp8: half the size, GPUs only", choices=KV_CACHE_DTYPES
+    )
     num_gpu_blocks_override: int | None = _arg(None, "cache", "KV blocks, instead of bytes", type=int)
-    swap_space: float = _arg(4.0, "cache", "GiB for swapped-out blocks when --preemption-mode=swap", type=float)
+    swap_space: float = _arg(
+        4.0,
+        "cache",
+        "GiB of host memory (pinned on GPUs) for swapped-out blocks when --preemption-mode=swap",
+        type=float,
+    )
     enable_prefix_caching: bool = _arg(True, "cache", "reuse the KV of equal prompt beginnings", action=OnOff)
 
-    max_num_seqs: int | None = _arg(None, "scheduler", "sequences that run at once; default 256", type=int)
-    max_num_batched_tokens: int | None = _arg(None, "scheduler", "tokens of one step; default 2048", type=parse_size)
+    max_num_seqs: int | None = _arg(
+        None, "scheduler", "sequences that run at once; default 256, 1024 on GPUs of 70 GiB or more", type=int
+    )
+    max_num_batched_tokens: int | None = _arg(
+        None, "scheduler", "tokens of one step; default 2048, up to 16384 on GPUs", type=parse_size
+    )
     long_prefill_token_threshold: int = _arg(
         0, "scheduler", "tokens of one prompt per step; 0: no limit but the step's", type=parse_size
     )
@@ -110,8 +129,12 @@ class EngineArgs:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}.")
-        if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
-            raise ValueError(f"device must be auto, cpu or cuda, got {self.device!r}.")
+        if not is_device_name(self.device):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}."
+            )
         if self.pipeline_parallel_size != 1:
             raise ValueError("pipeline_parallel_size must be 1; use tensor_parallel_size to split a model.")
         if self.quantization not in (None, "gguf"):
@@ -151,11 +174,20 @@ class EngineArgs:
         """The type the engine computes in. "auto" is bfloat16 for every checkpoint: fp32 ones are cast down."""
         return "float32" if self.dtype in ("float32", "float") else "bfloat16"
 
-    def to_core(self, max_model_len: int, vocab_size: int) -> _core.EngineConfig:
+    def to_core(
+        self, max_model_len: int, vocab_size: int, device: Device | None = None, *, offline: bool = False
+    ) -> _core.EngineConfig:
+        """The core's configuration on `device`, as choose_device() gave it (None: the CPU). offline: for batches."""
         from fastllm import _core
 
+        device = device or Device()
+        max_num_seqs, max_num_batched_tokens = default_limits(device, offline)
         config = _core.EngineConfig()
-        config.device = "cpu" if self.device == "auto" else self.device
+        config.device = device.name
+        config.kv_cache_dtype = "auto" if self.kv_cache_dtype == "auto" else "fp8"
+        config.gpu_memory_utilization = self.gpu_memory_utilization
+        config.enforce_eager = self.enforce_eager
+        config.deterministic = self.deterministic
         config.dtype = self.compute_dtype()
         config.max_model_len = max_model_len
         config.prefix_caching = self.enable_prefix_caching
@@ -170,8 +202,11 @@ class EngineArgs:
         config.seed = self.seed % 2**64
         config.check_invariants = self.check_invariants
         for ours, value in (
-            ("max_num_seqs", self.max_num_seqs),
-            ("max_step_tokens", self.max_num_batched_tokens),
+            ("max_num_seqs", max_num_seqs if self.max_num_seqs is None else self.max_num_seqs),
+            (
+                "max_step_tokens",
+                max_num_batched_tokens if self.max_num_batched_tokens is None else self.max_num_batched_tokens,
+            ),
             ("block_size", self.block_size),
             ("kv_cache_bytes", self.kv_cache_memory_bytes),
             ("num_blocks", self.num_gpu_blocks_override),

@@ -30,7 +30,7 @@ class LLM:
     """
 
     def __init__(self, model: str, **engine_args: Any) -> None:
-        self._client = EngineClient.load(EngineArgs(model=model, **engine_args))
+        self._client = EngineClient.load(EngineArgs(model=model, **engine_args), offline=True)
         self._request_ids = itertools.count()
 
     @property
@@ -123,6 +123,11 @@ class LLM:
     def stats(self) -> _core.EngineStats:
         return self._client.core.stats()
 
+    @property
+    def memory(self) -> _core.EngineMemory:
+        """What the memory of the first GPU went to; all zero on CPUs."""
+        return self._client.core.memory
+
     def shutdown(self) -> None:
         """Stops the engine's threads and frees its memory. Idempotent."""
         self._client.core.shutdown()
@@ -144,10 +149,12 @@ class LLM:
 
     def _run(self, states: list[RequestState], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         unfinished = len(states)
+        # Tokens that nobody turns into text on the way are left to the core until a sample ends.
+        until_end = not any(state.params.detokenize for state in states)
         bar = _Bar(use_tqdm, len(states))
         outputs: dict[int, RequestOutput] = {}
         while unfinished:
-            for state in self._client.poll(_POLL_S):
+            for state in self._client.poll(_POLL_S, until_end=until_end):
                 output = state.take()
                 if output is not None:
                     unfinished -= 1

@@ -136,46 +136,57 @@ class OutputProcessor:
         forgotten.
         """
         changed: dict[int, RequestState] = {}
+        ended: list[RequestState] = []
         to_abort: list[tuple[int, int]] = []
         for delta in deltas:
-            state = self.requests.get(delta.id)
-            if state is not None:
-                if self._apply(state, delta):
-                    to_abort.append((delta.id, delta.index))
-                changed[delta.id] = state
-        for core_id, state in changed.items():
+            core_id = delta.id
+            state = self.requests.get(core_id)
+            if state is None:
+                continue
+            finish = delta.finish
+            stopped = self._apply(state, delta, finish)
+            if stopped:
+                to_abort.append((core_id, delta.index))
+            if stopped or finish is not None:
+                ended.append(state)
+            changed[core_id] = state
+        for state in ended:
             if state.finished:
-                del self.requests[core_id]
+                self.requests.pop(state.core_id, None)
         return list(changed.values()), to_abort
 
-    def _apply(self, state: RequestState, delta: _core.TokenDelta) -> bool:
-        """True if text ended a sample that the core still runs."""
+    def _apply(self, state: RequestState, delta: _core.TokenDelta, finish: str | None) -> bool:
+        """True if text ended a sample that the core still runs. finish: the delta's."""
         metrics = state.metrics
-        (
-            metrics.arrival_time,
-            metrics.first_scheduled_time,
-            metrics.first_token_time,
-            metrics.finished_time,
-        ) = delta.times
-        state.num_cached_tokens = max(state.num_cached_tokens, delta.cached_tokens)
-        if delta.finish == "error":
+        if finish is not None or not metrics.first_token_time:  # these rarely change, and there are many deltas
+            (
+                metrics.arrival_time,
+                metrics.first_scheduled_time,
+                metrics.first_token_time,
+                metrics.finished_time,
+            ) = delta.times
+            state.num_cached_tokens = max(state.num_cached_tokens, delta.cached_tokens)
+        if finish == "error":
             state.error = RequestError(delta.error, delta.error_kind or "engine")
             return False
         if state.prompt_logprobs is not None and delta.prompt_logprobs:
             state.prompt_logprobs += [self._position(p) for p in delta.prompt_logprobs]
         sequence = state.sequences[delta.index]
         if sequence.finish_reason is None:
-            self._extend(sequence, state.params, delta)
-            return sequence.finish_reason is not None and delta.finish is None
+            self._extend(sequence, state.params, delta, finish)
+            return sequence.finish_reason is not None and finish is None
         return False
 
-    def _extend(self, sequence: SequenceState, params: SamplingParams, delta: _core.TokenDelta) -> None:
-        tokens, stop_token = list(delta.tokens), delta.stop_token
-        sequence.finish_reason = delta.finish
-        if delta.finish == "stop" and stop_token is not None and stop_token not in self._eos:
+    def _extend(
+        self, sequence: SequenceState, params: SamplingParams, delta: _core.TokenDelta, finish: str | None
+    ) -> None:
+        tokens = delta.tokens
+        stop_token = delta.stop_token if finish == "stop" else None
+        sequence.finish_reason = finish
+        if stop_token is not None and stop_token not in self._eos:
             sequence.stop_reason = stop_token
         if sequence.detokenizer is not None:
-            hide_last = delta.finish == "stop" and stop_token is not None and not params.include_stop_str_in_output
+            hide_last = stop_token is not None and not params.include_stop_str_in_output
             before = sequence.detokenizer.num_tokens
             sequence.detokenizer.add(tokens[:-1] if hide_last else tokens)
             if sequence.detokenizer.stop_reason is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastllm import LLM, EngineArgs, LLMEngine, RequestOutputKind, SamplingParams
+from fastllm import LLM, EngineArgs, LLMEngine, RequestOutputKind, SamplingParams, _core
 from fastllm.errors import InvalidArgument
 from fastllm.progress import Progress
 
@@ -187,3 +187,38 @@ def test_progress_prints_plain_lines_without_a_terminal() -> None:
     progress.close()
     assert stream.getvalue().startswith("Loading: 100% 4/4 MiB [")
     assert "\r" not in stream.getvalue() and stream.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize("detokenize", [True, False])
+def test_tokens_without_text_are_the_tokens_with_text(detokenize: bool) -> None:
+    llm = LLM("null", max_num_seqs=8)
+    params = SamplingParams(temperature=0, n=2, max_tokens=20, ignore_eos=True, detokenize=detokenize)
+    outputs = llm.generate([[i, 7] for i in range(1, 20)], params, use_tqdm=False)
+    expected = llm.generate([[i, 7] for i in range(1, 20)], fixed(n=2, max_tokens=20), use_tqdm=False)
+    for output, other in zip(outputs, expected, strict=True):
+        assert [o.token_ids for o in output.outputs] == [o.token_ids for o in other.outputs]
+        assert [len(o.token_ids) for o in output.outputs] == [20, 20]
+        assert bool(output.outputs[0].text) is detokenize
+        metrics = output.metrics
+        assert 0 < metrics.arrival_time <= metrics.first_token_time <= metrics.finished_time
+
+
+def test_polling_until_an_end_gathers_every_token() -> None:
+    engine = _core.Engine.create_null(_core.EngineConfig(), step_us=200)
+    for i in range(3):
+        engine.submit(i, [5, i], _core.SamplingParams(max_tokens=10 + i, ignore_eos=True, temperature=0.0))
+    tokens: dict[int, int] = {}
+    polls = 0
+    while not all(tokens.get(i) == 10 + i for i in range(3)):
+        deltas = engine.poll(60.0, until_end=True)
+        assert any(d.finish is not None for d in deltas)
+        assert len({d.id for d in deltas}) == len(deltas)
+        for d in deltas:
+            tokens[d.id] = tokens.get(d.id, 0) + len(d.tokens)
+        polls += 1
+    assert polls <= 3
+    assert engine.poll(0.0, until_end=True) == []
+    engine.submit(9, [5], _core.SamplingParams(max_tokens=4000, ignore_eos=True))
+    while not engine.poll(0.01, until_end=True):  # what came in time is handed out, nothing is lost
+        pass
+    engine.shutdown()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastllm.engine_args import EngineArgs
@@ -221,3 +222,18 @@ def test_broken_config_is_a_load_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(LoadError, match="config.json"):
         open_model(EngineArgs(model=str(tmp_path)))
+
+
+def test_dummy_weights_are_small_bf16_and_need_only_a_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 70_000}))
+    files = open_model(EngineArgs(model=str(tmp_path), load_format="dummy"))
+    tensors = {b.canonical: b.sources[0] for b in files.bindings}
+    assert {t.type for t in tensors.values()} == {"BF16"} and files.checkpoint_dtype == "bfloat16"
+    embed = tensors["embed.tokens.weight"]
+    bits = np.frombuffer(embed.data, dtype=np.uint16)
+    values = (bits.astype(np.uint32) << 16).view(np.float32)
+    assert embed.shape == (70_000, 64) and values.size == 70_000 * 64  # more than one period
+    assert abs(values.mean()) < 1e-3 and 0.019 < values.std() < 0.021
+    assert len(np.unique(values.reshape(70_000, 64)[:, :4], axis=0)) > 65_000  # rows differ though values repeat
+    norm = np.frombuffer(tensors["final_norm.weight"].data, dtype=np.uint16)
+    assert (norm == 0x3F80).all()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastllm.config import eos_of, read_generation_config, read_json
 from fastllm.engine_args import EngineArgs
@@ -23,7 +25,7 @@ from fastllm.loader.hub import resolve_model
 from fastllm.loader.safetensors import read_folder
 from fastllm.loader.tensors import FileTensor
 from fastllm.spec import ModelSpec
-from fastllm.tokenizer import Tokenizer, load_tokenizer
+from fastllm.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 log = logging.getLogger("fastllm")
 
@@ -74,8 +76,10 @@ def _open_folder(path: Path, args: EngineArgs) -> ModelFiles:
         bindings = list(_dummy_bindings(spec, args.seed))
     else:
         bindings = bind_weights(family, spec, read_folder(path), str(path))
-    tokenizer = _external_tokenizer(args) or load_tokenizer(path)
-    return _finished(path, spec, tokenizer, bindings, args)
+    tokenizer = _external_tokenizer(args)
+    if tokenizer is None and args.load_format == "dummy" and not (path / "tokenizer.json").is_file():
+        tokenizer = byte_tokenizer()  # a folder with a config.json alone: random weights say nothing anyway
+    return _finished(path, spec, tokenizer or load_tokenizer(path), bindings, args)
 
 
 def _open_gguf(path: Path, args: EngineArgs) -> ModelFiles:
@@ -146,13 +150,29 @@ def _main_dtype(bindings: list[Binding]) -> str:
 
 
 def _dummy_bindings(spec: ModelSpec, seed: int) -> Iterator[Binding]:
-    """Small random weights, all of them views of one buffer as long as the largest."""
+    """Small random weights, all of them views of one buffer as long as the largest, in which a few million repeat."""
     shapes = dict(spec.weight_shapes())
     longest = max(int(np.prod(shape)) for shape in shapes.values())
-    noise = np.random.default_rng(seed).standard_normal(longest, dtype=np.float32)
-    values = (noise * 0.02).astype(np.float16)
-    ones = np.ones(spec.embed.hidden, dtype=np.float16)
+    noise = np.random.default_rng(seed).standard_normal(min(_DUMMY_PERIOD, longest), dtype=np.float32)
+    values = np.empty(longest, dtype=np.uint16)
+    few = _bfloat16(noise * 0.02)
+
+    def fill(begin: int) -> None:
+        values[begin : begin + len(few)] = few[: longest - begin]
+
+    with ThreadPoolExecutor() as pool:  # numpy copies without the GIL; a gigabyte's first touch takes seconds on one
+        list(pool.map(fill, range(0, longest, len(few))))
+    ones = _bfloat16(np.ones(spec.embed.hidden, dtype=np.float32))
     for name, shape in shapes.items():
         source = ones if name.endswith("norm.weight") else values
         data = source[: int(np.prod(shape))].view(np.uint8).data
-        yield Binding(name, (FileTensor(name, "F16", shape, data),))
+        yield Binding(name, (FileTensor(name, "BF16", shape, data),))
+
+
+# Elements. A prime, so that no two rows of a matrix are equal.
+_DUMMY_PERIOD = 4_194_301
+
+
+def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits, rounded to the nearest, of finite numbers."""
+    return ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
