@@ -3,6 +3,7 @@ finds the installed library. Needs a compiler, CMake 3.27, ninja and GoogleTest;
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -41,6 +42,15 @@ def native_build() -> Path:
 def test_cpp_tests_pass(native_build: Path) -> None:
     out = run("ctest", "--preset", "release")
     assert "100% tests passed" in out and "No tests were found" not in out
+
+
+def test_engine_benchmark_measures_a_tiny_model(native_build: Path, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    program = native_build / "bench" / "fastllm_bench_engine"
+    run(program, "--shape", "tiny", "--only", "latency,prefix", "--prefix-caching", "1", "--json", file)
+    result = json.loads(file.read_text())
+    assert "failed" not in result and result["bs1_128_128"]["tpot_ms"] > 0
+    assert result["prefix_64x1024+32_32"]["prefix_hit_tokens"] >= 63 * 1024
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""What the paged KV cache is for, measured: a shared system prompt, blocks that are nearly full, and parallel samples
+that share their prompt.
+
+python bench/gpu_cases.py --shape llama3-8b --json cases.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import shapes
+
+
+class Cases:
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        from fastllm import EngineArgs, LLMEngine
+
+        engine_args = EngineArgs(
+            model=str(folder),
+            load_format="dummy",
+            device=args.device,
+            max_model_len=4096,
+            max_num_seqs=args.max_num_seqs,
+            gpu_memory_utilization=0.85,
+        )
+        self.engine = LLMEngine.from_engine_args(engine_args)
+        self.vocab = self.engine.model_config.vocab_size
+        self.block_size = self.engine.engine_config.block_size
+        self._random = random.Random(0)
+        self._next_id = 0
+
+    def prefix_caching(self) -> dict[str, Any]:
+        """A system prompt of one sentence repeated 50 times, three questions ten times each, 100 tokens per answer."""
+        system = self._ids(20) * 50
+        questions = [self._ids(12) for _ in range(3)]
+        prompts = [system + question for question in questions for _ in range(10)]
+        self._run([(prompts[0][:64], "warm-up")], 16)
+        result: dict[str, Any] = {"prompt_tokens": len(prompts[0]), "requests": len(prompts), "output_tokens": 100}
+        for name, together in (("one after the other", False), ("all at once", True)):
+            # Every request has a salt of its own: nothing is shared, as without a prefix cache.
+            off = self._timed([(p, str(i)) for i, p in enumerate(prompts)], 100, together)
+            self.engine.reset_prefix_cache()
+            before = self.engine.stats()
+            on = self._timed([(p, "") for p in prompts], 100, together)
+            after = self.engine.stats()
+            hits, asked = after.prefix_hits - before.prefix_hits, after.prefix_queries - before.prefix_queries
+            result[name] = {"off_s": off, "on_s": on, "speedup": off / on, "hit_rate": hits / max(asked, 1)}
+            self.engine.reset_prefix_cache()
+        return result
+
+    def kv_utilisation(self) -> dict[str, Any]:
+        """Share of allocated KV slots that hold a token, over the steps in which every resident sequence decodes."""
+        count = self.engine.engine_config.max_num_seqs * 2
+        for i in range(count):
+            self._add(self._ids(self._random.randint(32, 512)), self._random.randint(64, 256), salt=str(i))
+        shares = []
+        while self.engine.has_unfinished_requests():
+            outputs = self.engine.step()
+            stats = self.engine.stats()
+            tokens = [self._tokens_of(o) for o in outputs if not o.finished and o.outputs[0].token_ids]
+            if stats.used_blocks and len(tokens) == stats.num_running > 1:
+                shares.append(sum(tokens) / (stats.used_blocks * self.block_size))
+        if not shares:
+            raise RuntimeError("no step had every resident sequence decoding")
+        return {"median": statistics.median(shares), "least": min(shares), "samples": len(shares), "requests": count}
+
+    def shared_samples(self) -> dict[str, Any]:
+        """Most KV blocks in use: eight samples of one prompt of 1,024 tokens, against eight requests of their own."""
+        prompt = self._ids(1024)
+        self._add(prompt, 64, n=8, temperature=1.0, salt="shared")
+        shared = self._peak_blocks()
+        for i in range(8):
+            self._add(prompt, 64, temperature=1.0, salt=f"own {i}")
+        own = self._peak_blocks()
+        return {"shared_blocks": shared, "own_blocks": own, "saved": 1 - shared / own}
+
+    @staticmethod
+    def _tokens_of(output: Any) -> int:
+        return len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1  # the newest is not in the cache
+
+    def _ids(self, count: int) -> list[int]:
+        return [self._random.randrange(10, self.vocab) for _ in range(count)]
+
+    def _add(self, ids: list[int], max_tokens: int, *, salt: str = "", n: int = 1, temperature: float = 0.0) -> None:
+        from fastllm import SamplingParams
+
+        params = SamplingParams(
+            n=n, temperature=temperature, max_tokens=max_tokens, ignore_eos=True, detokenize=False, seed=0
+        )
+        self._next_id += 1
+        self.engine.add_request(str(self._next_id), {"prompt_token_ids": ids, "cache_salt": salt}, params)
+
+    def _run(self, prompts: list[tuple[list[int], str]], max_tokens: int) -> None:
+        for ids, salt in prompts:
+            self._add(ids, max_tokens, salt=salt)
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.outputs[0].finish_reason == "error":
+                    raise RuntimeError(str(output.outputs[0].stop_reason))
+
+    def _timed(self, prompts: list[tuple[list[int], str]], max_tokens: int, together: bool) -> float:
+        start = time.perf_counter()
+        for batch in [prompts] if together else [[one] for one in prompts]:
+            self._run(batch, max_tokens)
+        return time.perf_counter() - start
+
+    def _peak_blocks(self) -> int:
+        peak = 0
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+            peak = max(peak, self.engine.stats().used_blocks)
+        return peak
+
+
+CASES = ("prefix_caching", "kv_utilisation", "shared_samples")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shape", choices=shapes.NAMES, required=True)
+    p.add_argument("--only", default=",".join(CASES), help="some of the cases (default: %(default)s)")
+    p.add_argument("--json", metavar="FILE")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--max-num-seqs", type=int, default=256)
+    args = p.parse_args()
+    result: dict[str, Any] = {"model": args.shape}
+    with tempfile.TemporaryDirectory() as parent:
+        cases = Cases(args, shapes.write_folder(args.shape, Path(parent)))
+        for name in args.only.split(","):
+            try:
+                result[name] = getattr(cases, name)()
+            except Exception as error:  # the other cases may still work
+                result[name] = {"failed": repr(error)}
+            print(name, json.dumps(result[name]), flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

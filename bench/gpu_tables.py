@@ -1,0 +1,147 @@
+"""Tables (Markdown) and plots of gpu_report.py. Plots need matplotlib and are left out without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Columns = list[tuple[str, dict[str, Any]]]  # engine -> its result, with the keys of gpu_workloads.py
+
+# key -> (what is shown, unit)
+_THROUGHPUT = [
+    *[(f"static_b{n}_128_128", f"{n} x 128/128") for n in (8, 32, 64, 128, 256)],
+    *[(f"tp_{n}x128_256", f"{n} x 128/256") for n in (100, 256, 1000)],
+    ("mixed_512_in32-1024_out32-512", "mixed 512"),
+]
+_PEER_SHAPES = {"llama3-8b": "l8b", "llama3.2-1b": "l1b", "smollm2-135m": "smol135"}
+
+
+def belongs(result: dict[str, Any], shape: str) -> bool:
+    """Whether a peer's result, which names its model's folder, is of this shape."""
+    folder = Path(str(result.get("model", ""))).name
+    return folder == shape or folder.startswith(_PEER_SHAPES.get(shape, shape))
+
+
+def workload_table(shape: str, columns: Columns) -> str:
+    """One row per workload; the ratio is the first column's to the best of the peers'."""
+    if not columns:
+        return ""
+    rows: list[list[str]] = []
+
+    def add(label: str, values: list[float | None], lower_is_better: bool = False) -> None:
+        if not any(v is not None for v in values):
+            return
+        theirs = [v for (name, _), v in zip(columns, values, strict=True) if v and name not in ("fastllm", "native")]
+        ratio = ""
+        if theirs and values[0]:
+            ratio = f"{min(theirs) / values[0] if lower_is_better else values[0] / max(theirs):.2f}x"
+        rows.append([label, *["" if v is None else f"{v:,.2f}" if v < 100 else f"{v:,.0f}" for v in values], ratio])
+
+    for key, label in _THROUGHPUT:
+        add(f"{label}, output tokens/s", [_get(r, key, "out_tok_s") for _, r in columns])
+    add("prefill 64 x 2048, all tokens/s", [_get(r, "prefill_64x2048", "total_tok_s") for _, r in columns])
+    add("one sequence, ms a token", [_get(r, "bs1_128_128", "tpot_ms") for _, r in columns], True)
+    add("first token of 128, ms", [_get(r, "bs1_128_128", "ttft_ms") for _, r in columns], True)
+    for length in (512, 2048, 4000):
+        add(f"first token of {length}, ms", [_get(r, f"ttft_{length}") for _, r in columns], True)
+    for key, label in _THROUGHPUT:
+        add(f"{label}, us of host a step", [_get(r, key, "host_us_per_step") for _, r in columns], True)
+    add("load, s", [_get(r, "load_s") for _, r in columns], True)
+    return _table(shape, ["", *[name for name, _ in columns], "to best peer"], rows)
+
+
+def kernel_table(kernels: dict[str, Any]) -> str:
+    """Every microbenchmark with its rates and the share of the time that the hardware's floor is."""
+    rows = [
+        [name, *[f"{one[key]:,.2f}" if key in one else "" for key in ("us", "GB/s", "TFLOP/s")], _percent(one)]
+        for name, one in _benchmarks(kernels)
+    ]
+    return _table("kernels", ["", "us", "GB/s", "TFLOP/s", "of floor"], rows) if rows else ""
+
+
+def plain_table(title: str, result: dict[str, Any]) -> str:
+    """Every figure of a nested result, one a row."""
+    rows = [[name, f"{value:,.3f}" if isinstance(value, float) else str(value)] for name, value in _leaves(result)]
+    return _table(title, ["", ""], rows) if rows else ""
+
+
+def plot_kernels(kernels: dict[str, Any], file: Path) -> None:
+    shown = [(name, one["floor"]) for name, one in _benchmarks(kernels) if "floor" in one]
+    pyplot = _pyplot() if shown else None
+    if pyplot is None:
+        return
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.22 * len(shown)))
+    axes.barh([name for name, _ in shown], [share for _, share in shown])
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("floor of bytes and operations / measured time")
+    _save(pyplot, figure, file)
+
+
+def plot_concurrency(shape: str, columns: Columns, file: Path) -> None:
+    counts = (1, 8, 32, 64, 128, 256)
+    pyplot = _pyplot() if columns else None
+    if pyplot is None:
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name, result in columns:
+        single = _get(result, "bs1_128_128", "e2e_ms")
+        rates = [None if single is None else 128e3 / single]
+        rates += [_get(result, f"static_b{n}_128_128", "out_tok_s") for n in counts[1:]]
+        points = [(n, rate) for n, rate in zip(counts, rates, strict=True) if rate is not None]
+        axes.plot([n for n, _ in points], [rate for _, rate in points], marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=10)
+    axes.set_xlabel("concurrent requests of 128/128 tokens")
+    axes.set_ylabel("output tokens/s")
+    axes.set_title(shape)
+    axes.grid(True, which="both", linewidth=0.3)
+    axes.legend()
+    _save(pyplot, figure, file)
+
+
+def _get(result: dict[str, Any], *keys: str) -> float | None:
+    value: Any = result
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _benchmarks(kernels: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    runs = [one for one in kernels.get("benchmarks", []) if one.get("run_type", "iteration") == "iteration"]
+    return [(str(one["name"]).removesuffix("/manual_time"), one) for one in runs if not one.get("error_occurred")]
+
+
+def _percent(one: dict[str, Any]) -> str:
+    return f"{one['floor'] * 100:.0f} %" if "floor" in one else ""
+
+
+def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, inner in value.items():
+        yield from _leaves(inner, f"{path}, {key}" if path else str(key))
+
+
+def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join([*lines, *["| " + " | ".join(row) + " |" for row in rows]]) + "\n\n"
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(pyplot: Any, figure: Any, file: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)
