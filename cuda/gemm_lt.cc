@@ -11,14 +11,14 @@ namespace {
 
 cudaDataType lt_type(DType t) { return t == DType::F32 ? CUDA_R_32F : CUDA_R_16BF; }
 
+// An algorithm that does not know an attribute does not split.
 bool sums_whole_k(const CublasLt& lt, const LtAlgo& algo) {
   std::int32_t splits = 1;
   std::uint32_t scheme = 0;
   std::size_t written = 0;
-  return lt.MatmulAlgoConfigGetAttribute(&algo, LtAlgoAttribute::SplitK, &splits, sizeof splits, &written) == 0 &&
-         lt.MatmulAlgoConfigGetAttribute(&algo, LtAlgoAttribute::ReductionScheme, &scheme, sizeof scheme, &written) ==
-             0 &&
-         splits <= 1 && scheme == 0;
+  lt.MatmulAlgoConfigGetAttribute(&algo, LtAlgoAttribute::SplitK, &splits, sizeof splits, &written);
+  lt.MatmulAlgoConfigGetAttribute(&algo, LtAlgoAttribute::ReductionScheme, &scheme, sizeof scheme, &written);
+  return (splits == 0 || splits == 1) && scheme == 0;
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 //     and are added in the order of the warps;
 //   - every thread copies exactly the weights that it multiplies to its own slots of shared memory, several chunks
 //     ahead and across tiles, so the queue needs no barriers and never drains. Weights are constants: the queue is
-//     filled before pdl_wait(), under the kernel before this one;
+//     filled before pdl_wait(), under the kernel before this one, and what comes after it is called into L2;
 //   - x is read through L1, one chunk ahead.
 //
 // One m16n8k16 product takes 16 columns: x is A (16 tokens), the weights are B (8 rows). Which columns these are does
@@ -49,7 +49,8 @@ struct Params {
   int tiles;   // of 8 * strips rows of w
   int chunks;  // of k
   int k_warps;
-  int gated;  // an Activation, or kNotGated
+  int prefetched;  // columns of a row called into L2 beyond the queue, a multiple of 8
+  int gated;       // an Activation, or kNotGated
   bool out_f32, accumulate;
 };
 
@@ -122,14 +123,14 @@ __global__ __launch_bounds__(kThreads, Tokens8 < 4 ? 2 : 1) void skinny_kernel(c
   uint4* const queue = shared + threadIdx.x;
   int next_tile = split < p.chunks ? first_tile : p.tiles, next_chunk = split;  // to be copied
   const __nv_bfloat16* rows[Strips];                                            // of next_tile
+  auto row_of = [&](int tile, int local) {
+    const bool upper = gated && local >= tile_cols;
+    const int row = min(tile * tile_cols + (upper ? local - tile_cols : local), out_cols - 1);
+    return p.w + (upper ? row + out_cols : row) * p.k;
+  };
   auto find_rows = [&] {
 #pragma unroll
-    for (int j = 0; j < Strips; ++j) {
-      const int local = 8 * j + g;
-      const bool upper = gated && local >= tile_cols;
-      const int row = min(next_tile * tile_cols + (upper ? local - tile_cols : local), out_cols - 1);
-      rows[j] = p.w + (upper ? row + out_cols : row) * p.k;
-    }
+    for (int j = 0; j < Strips; ++j) rows[j] = row_of(next_tile, 8 * j + g);
   };
   auto refill = [&](int slot) {
     if (next_tile < p.tiles) {
@@ -152,9 +153,21 @@ __global__ __launch_bounds__(kThreads, Tokens8 < 4 ? 2 : 1) void skinny_kernel(c
     cp_async_commit();
   };
   find_rows();
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < kStages; ++s) refill(s);
   pdl_launch();
+  // Lane i calls row i of the group's tiles into L2, from where the queue ends.
+  if (split == 0 && lane < kTileRows) {
+    const int stages_per_tile = (p.chunks + p.k_warps - 1) / p.k_warps;
+    int tile = first_tile + kStages / stages_per_tile * tile_step;
+    int col = kStages % stages_per_tile * p.k_warps * kChunk;
+    for (int left = p.prefetched; tile < p.tiles && left > 0; tile += tile_step) {
+      const int columns = min(static_cast<int>(p.k) - col, left);
+      prefetch_l2(row_of(tile, lane) + col, 2 * static_cast<std::uint32_t>(columns));
+      left -= columns;
+      col = 0;
+    }
+  }
   pdl_wait();
 
   // Half u of the chunk, token 8i + g.
@@ -304,7 +317,7 @@ bool prepare_skinny(std::size_t shared_per_block) {
 }
 
 void skinny_gemm(const GemmCall& c, std::optional<Activation> gated, const SkinnyConfig& config, int num_sms,
-                 cudaStream_t stream) {
+                 cudaStream_t stream, int prefetch_bytes) {
   const int tokens8 = tokens8_of(c.m);
   Params p{};
   p.out = c.out;
@@ -319,6 +332,8 @@ void skinny_gemm(const GemmCall& c, std::optional<Activation> gated, const Skinn
   p.tiles = static_cast<int>(gated ? ceil_div(c.w.n / 2, 4 * config.strips) : ceil_div(c.w.n, 8 * config.strips));
   p.chunks = static_cast<int>(ceil_div(c.w.k, kChunk));
   p.k_warps = config.k_warps;
+  const int block_rows = kWarps / config.k_warps * 8 * config.strips;
+  p.prefetched = prefetch_bytes / config.blocks_per_sm / (2 * block_rows) / 8 * 8;
   p.gated = gated ? static_cast<int>(*gated) : kNotGated;
   p.out_f32 = c.out_dtype == DType::F32;
   p.accumulate = c.accumulate;

@@ -14,6 +14,9 @@
 namespace fastllm::cuda {
 
 inline constexpr std::int64_t kSkinnyRows = 32;  // of x, at most
+// Weights that a kernel calls into L2 while it waits for the kernel before it: with what its blocks hold themselves,
+// about 33 MB on an H100. Bytes per multiprocessor.
+inline constexpr int kSkinnyPrefetch = 160 << 10;
 
 // How a kernel cuts the weights; any choice is correct for any shape.
 struct SkinnyConfig {
@@ -36,6 +39,6 @@ bool prepare_skinny(std::size_t shared_per_block);
 
 // With an activation: w = [gate; up], out[m, n/2] = act(x gate^T) * (x up^T).
 void skinny_gemm(const GemmCall& call, std::optional<Activation> gated, const SkinnyConfig& config, int num_sms,
-                 cudaStream_t stream);
+                 cudaStream_t stream, int prefetch_bytes = kSkinnyPrefetch);
 
 }  // namespace fastllm::cuda

@@ -5,6 +5,8 @@
 //   --benchmark_filter='^GemmGated/'      gate and up with the activation: fused, or in two kernels where that is
 //   faster
 //   --benchmark_filter='^GemmSkinny/'     each configuration of the own kernels: strips, k_warps, blocks_per_sm
+//   --benchmark_filter='^GemmAfterNorm/'  a norm and the own kernel that waits for it: alone, then calling weights into
+//   L2
 #include <algorithm>
 #include <cstdint>
 #include <functional>
@@ -14,6 +16,7 @@
 
 #include "check.h"
 #include "elementwise.h"
+#include "fastllm/error.h"
 #include "gemm.h"
 #include "gemm_lt.h"
 #include "gpu_timing.h"
@@ -135,22 +138,49 @@ void gated(benchmark::State& state, const Shape& s, std::int64_t m) {
   });
 }
 
-void skinny(benchmark::State& state, const Shape& s, std::int64_t m, int choice) {
-  guarded(state, [&] {
-    const Operands o(s, m);
-    int device = 0, num_sms = 0, shared = 0;
+struct OwnKernels {
+  OwnKernels(const Shape& s, std::int64_t m) {
+    int device = 0, shared = 0;
     cuda::check(cudaGetDevice(&device), "cudaGetDevice");
     cuda::check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     cuda::check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                 "cudaDeviceGetAttribute");
-    if (!cuda::prepare_skinny(static_cast<std::size_t>(shared))) return state.SkipWithError("too little shared memory");
-    const auto configs = cuda::skinny_configs(s.n, s.k, m, num_sms);
-    if (static_cast<std::size_t>(choice) >= configs.size()) return state.SkipWithError("no such configuration");
-    const auto config = configs[static_cast<std::size_t>(choice)];
-    measure(state, o.work, o.calls(),
-            [&](int i, cudaStream_t stream) { cuda::skinny_gemm(o.turn(i), std::nullopt, config, num_sms, stream); });
+    if (!cuda::prepare_skinny(static_cast<std::size_t>(shared))) throw ResourceError("too little shared memory");
+    configs = cuda::skinny_configs(s.n, s.k, m, num_sms);
+  }
+  int num_sms = 0;
+  std::vector<cuda::SkinnyConfig> configs;
+};
+
+void skinny(benchmark::State& state, const Shape& s, std::int64_t m, std::size_t choice) {
+  guarded(state, [&] {
+    const Operands o(s, m);
+    const OwnKernels own(s, m);
+    const auto config = own.configs.at(choice);
+    measure(state, o.work, o.calls(), [&](int i, cudaStream_t stream) {
+      cuda::skinny_gemm(o.turn(i), std::nullopt, config, own.num_sms, stream);
+    });
     state.SetLabel(std::to_string(config.strips) + " " + std::to_string(config.k_warps) + " " +
                    std::to_string(config.blocks_per_sm));
+  });
+}
+
+void after_norm(benchmark::State& state, const Shape& s, std::int64_t m, int prefetch_bytes) {
+  guarded(state, [&] {
+    const Operands o(s, m);
+    const OwnKernels own(s, m);
+    const Rotation residual(static_cast<std::size_t>(m * s.k) * 4, 1), scale(static_cast<std::size_t>(s.k) * 4, 1);
+    cuda::NormCall norm;
+    norm.x = residual.at(0);
+    norm.out = o.x.at(0);
+    norm.rows = m;
+    norm.cols = norm.ldx = norm.ldo = s.k;
+    norm.eps = 1e-5f;
+    norm.weight = scale.as<float>(0);
+    measure(state, o.work, o.calls(), [&](int i, cudaStream_t stream) {
+      cuda::norm(norm, stream);
+      cuda::skinny_gemm(o.turn(i), std::nullopt, own.configs[0], own.num_sms, stream, prefetch_bytes);
+    });
   });
 }
 
@@ -159,7 +189,7 @@ void add(const std::string& name, std::function<void(benchmark::State&)> body) {
 }
 
 void add_shape(const Shape& s, const std::vector<std::int64_t>& ms) {
-  constexpr int kConfigs = 24;
+  constexpr std::size_t kConfigs = 24;
   const bool is_head = s.out == DType::F32 && !s.accumulate, is_gate_up = std::string(s.name).ends_with("gate_up");
   for (const std::int64_t m : ms) {
     if (is_head && m > 512) continue;  // no step has so many rows that sample
@@ -168,7 +198,11 @@ void add_shape(const Shape& s, const std::vector<std::int64_t>& ms) {
     add("GemmFirst" + which, [&s, m](benchmark::State& state) { first_proposal(state, s, m); });
     if (is_gate_up && m <= 64) add("GemmGated" + which, [&s, m](benchmark::State& state) { gated(state, s, m); });
     if (m != 1 && m != 8 && m != 16) continue;
-    for (int choice = 0; choice < kConfigs; ++choice) {
+    for (const int bytes : {0, cuda::kSkinnyPrefetch}) {
+      add("GemmAfterNorm" + which + "/" + std::to_string(bytes),
+          [&s, m, bytes](benchmark::State& state) { after_norm(state, s, m, bytes); });
+    }
+    for (std::size_t choice = 0; choice < kConfigs; ++choice) {
       add("GemmSkinny" + which + "/" + std::to_string(choice),
           [&s, m, choice](benchmark::State& state) { skinny(state, s, m, choice); });
     }
