@@ -1,7 +1,6 @@
 #include "steps.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <string>
 
@@ -228,7 +227,7 @@ void StepRing::pack_tokens(Packing& packing, const StepInput& input, CudaStep& s
   auto* positions = packing.part<std::int32_t>(layout_.positions, tokens * sizeof(std::int32_t));
   auto* token_slot = packing.part<std::int32_t>(layout_.token_slot, tokens * sizeof(std::int32_t));
   auto* device_rows = packing.part<DeviceRow>(layout_.rows, rows * sizeof(DeviceRow));
-  std::memcpy(ids, input.tokens.data(), input.tokens.size_bytes());
+  std::copy(input.tokens.begin(), input.tokens.end(), ids);
   for (std::size_t r = 0; r < input.rows.size(); ++r) {
     const StepRow& row = input.rows[r];
     const auto slot = static_cast<std::int32_t>(row.slot);

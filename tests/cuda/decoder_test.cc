@@ -65,7 +65,8 @@ class Machine {
         ids.push_back(p.from_slot ? -1 : sequence.at(static_cast<std::size_t>(computed + k)));
       computed += p.n;
       last.push_back(static_cast<std::int32_t>(ids.size()) - 1);
-      input.num_decode_rows += p.n == 1;
+      const bool leads = input.num_decode_rows + 1 == static_cast<int>(rows.size());
+      input.num_decode_rows += p.n == 1 && leads;
       SampleRow row;
       row.slot = SlotId{p.slot};
       row.temperature = 0;
