@@ -23,8 +23,6 @@
 
 namespace fastllm::cuda {
 
-// Devices of compute capability 8.0 and newer, or 0 without cuBLASLt; when 0, *why (may be null) is the reason.
-int device_count(std::string* why);
 std::unique_ptr<Backend> make_backend(const CudaOptions& options);
 
 class CudaBackend final : public Backend {

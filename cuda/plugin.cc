@@ -2,6 +2,7 @@
 #include "backend/cuda_plugin.h"
 
 #include "cuda_backend.h"
+#include "devices.h"
 
 extern "C" __attribute__((visibility("default"))) const fastllm::CudaPlugin* fastllm_cuda_plugin() {
   static constexpr fastllm::CudaPlugin plugin{fastllm::kCudaPluginAbi, FASTLLM_VERSION, &fastllm::cuda::device_count,

@@ -77,6 +77,9 @@ class CudaStep final : public Step {
   std::vector<std::pair<std::size_t, LogprobResult>> replaced_;  // index in the StepOutput
 };
 
+inline CudaStep& cuda_step(Step& step) { return static_cast<CudaStep&>(step); }
+inline const CudaStep& cuda_step(const Step& step) { return static_cast<const CudaStep&>(step); }
+
 class StepRing {
  public:
   // deterministic: decode rows are planned as prefill rows.
