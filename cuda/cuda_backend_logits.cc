@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "cuda_backend.h"
+#include "elementwise.h"
 #include "sampling/sampling.h"
 #include "update_inputs.h"
 
