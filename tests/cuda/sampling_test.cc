@@ -61,7 +61,7 @@ int argmax(const Row& x) {
 
 // Ids that pass the filters, best first.
 std::vector<int> survivors(const Row& x, const DeviceSampleRow& row, const std::vector<int>& sorted, double slack) {
-  const auto n = static_cast<int>(x.size());
+  const auto n = static_cast<int>(sorted.size());
   const float max = x[static_cast<std::size_t>(sorted[0])], inv_temperature = 1.0f / row.temperature;
   const auto at = [&](int i) { return x[static_cast<std::size_t>(sorted[static_cast<std::size_t>(i)])]; };
   const auto mass = [&](int i) { return std::exp(static_cast<double>((at(i) - max) * inv_temperature)); };
