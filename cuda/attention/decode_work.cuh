@@ -1,0 +1,145 @@
+// From a thread block's index to the work it has: see decode_split.h for how the work is cut.
+#pragma once
+
+#include <climits>
+
+#include "attention/attention.h"
+#include "attention/decode_split.h"
+
+namespace fastllm::cuda::decode {
+
+struct Params {
+  const std::byte* q = nullptr;
+  std::int64_t q_row_bytes = 0;
+  std::uint16_t* out = nullptr;  // bf16 bits
+  const std::byte* keys = nullptr;
+  std::int32_t block_bytes = 0, value_bytes = 0, head_bytes = 0;  // of a block; from keys to values; of a kv head
+  int block_shift = 0;                                            // log2 of positions per block
+  const BlockId* tables = nullptr;
+  int table_width = 0;
+  const DeviceRow* rows = nullptr;
+  const std::int32_t* prefix = nullptr;  // of the plan
+  int num_rows = 0;
+  int heads = 0, group = 0;  // query heads; per kv head
+  HeadSplit split;
+  int items_per_row = 0;            // kv heads x passes
+  int warps_across = 1;             // warps that share positions, 8 heads each: 1, 2 or 4
+  int window = 0, plan_window = 0;  // plan_window: window or 0
+  float score_scale = 0;            // to base-2 logarithms; with softcap: to the exponent of its tanh
+  float softcap_log2 = 0;           // 0: off
+  const float* alibi_slopes = nullptr;
+  int max_parts = 0;  // deterministic; 0: not
+  int num_sms = 0;
+  std::int32_t* counters = nullptr;
+  float* partial_out = nullptr;    // [slots, split.heads, head_dim]
+  float2* partial_sums = nullptr;  // [2, slots, split.heads] greatest score and sum of weights; [1]: of merged runs
+  std::int64_t num_slots = 0;
+};
+
+// Tiles [tile_begin, tile_end) of one row and item: part `part` of `parts`.
+struct Work {
+  DeviceRow row;
+  int item, tile_begin, tile_end, part, parts;
+  int id;  // the block that has the item's first part; deterministic: the number of (row, item)
+
+  // Where part i's result goes. A block ends at most one item that began before it, and begins at most one that ends
+  // after it.
+  __device__ int slot(const Params& p, int i) const {
+    if (p.max_parts > 0) return id * p.max_parts + i;
+    return i == 0 ? 2 * id + 1 : 2 * (id + i);
+  }
+  // Where the parts of a run arrive, by its first part, and where runs arrive.
+  __device__ int run_counter(const Params& p, int first) const {
+    if (p.max_parts > 0) return id;
+    return first == 0 ? 3 * id + 1 : 3 * (id + first);
+  }
+  __device__ int final_counter() const { return 3 * id + 2; }
+};
+
+// Walks over the work of one thread block; every warp on its own, with the same result.
+class WorkList {
+ public:
+  __device__ explicit WorkList(const Params& p) {
+    const int total = load_volatile(p.prefix + p.num_rows) * p.items_per_row;
+    per_block_ = p.max_parts > 0 ? 1 : tiles_per_block(total, static_cast<int>(gridDim.x), p.num_sms);
+    next_ = static_cast<int>(blockIdx.x) * per_block_;
+    end_ = p.max_parts > 0 ? total : min(next_ + per_block_, total);
+  }
+
+  __device__ bool next(const Params& p, Work& w) {
+    // Before anything is known of the work: at small batches this kernel is a chain of latencies.
+    Rows rows = load_rows(p, 0, p.num_rows);
+    if (next_ >= end_) return false;
+    int row = 0;
+    const int before = find_row(p, next_ / p.items_per_row, rows, row, w.row) * p.items_per_row;
+    const int tiles = row_tiles(w.row.first_pos + 1, p.plan_window);
+    if (p.max_parts > 0) {
+      const int chunk = part_tiles(tiles, p.max_parts);
+      w.parts = ceil_div(tiles, chunk);
+      w.item = (next_ - before) / w.parts;
+      w.part = (next_ - before) % w.parts;
+      w.tile_begin = w.part * chunk;
+      w.tile_end = min(w.tile_begin + chunk, tiles);
+      w.id = row * p.items_per_row + w.item;
+      next_ += static_cast<int>(gridDim.x);
+      return true;
+    }
+    w.item = (next_ - before) / tiles;
+    w.tile_begin = (next_ - before) % tiles;
+    w.tile_end = min(tiles, w.tile_begin + end_ - next_);
+    const int item_begin = next_ - w.tile_begin;
+    w.id = item_begin / per_block_;
+    w.parts = (item_begin + tiles - 1) / per_block_ - w.id + 1;
+    w.part = static_cast<int>(blockIdx.x) - w.id;
+    next_ += w.tile_end - w.tile_begin;
+    return true;
+  }
+
+ private:
+  int per_block_, next_, end_;
+
+  struct Rows {  // one per lane
+    int before;  // units of the rows before it
+    DeviceRow row;
+  };
+  // Volatile: not moved behind the branches that decide whether they are needed.
+  static __device__ __forceinline__ int load_volatile(const std::int32_t* p) {
+    int v;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+  }
+  static __device__ Rows load_rows(const Params& p, int begin, int n) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    Rows r{INT_MAX, {}};
+    if (lane < n) {
+      r.before = load_volatile(p.prefix + begin + lane);
+      asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(r.row.token_begin), "=r"(r.row.num_tokens), "=r"(r.row.first_pos), "=r"(r.row.slot)
+                   : "l"(p.rows + begin + lane));
+    }
+    return r;
+  }
+
+  // The row that holds unit `unit` of its kv head 0; returns the units before it. 32-ary search.
+  static __device__ int find_row(const Params& p, int unit, Rows rows, int& index, DeviceRow& row) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    int begin = 0, n = p.num_rows;
+    while (n > 32) {
+      const int step = ceil_div(n, 32), i = lane * step;
+      const bool before = i < n && p.prefix[begin + i] <= unit;
+      const int skip = (__popc(__ballot_sync(0xffffffffu, before)) - 1) * step;
+      begin += skip;
+      n = min(step, n - skip);
+    }
+    if (p.num_rows > 32) rows = load_rows(p, begin, n);
+    const int from = __popc(__ballot_sync(0xffffffffu, rows.before <= unit)) - 1;
+    index = begin + from;
+    row.token_begin = __shfl_sync(0xffffffffu, rows.row.token_begin, from);
+    row.num_tokens = 1;
+    row.first_pos = __shfl_sync(0xffffffffu, rows.row.first_pos, from);
+    row.slot = __shfl_sync(0xffffffffu, rows.row.slot, from);
+    return __shfl_sync(0xffffffffu, rows.before, from);
+  }
+};
+
+}  // namespace fastllm::cuda::decode
