@@ -6,7 +6,7 @@
 //
 // Moves every key and value once: 2 x length x kv_heads x head_dim elements per row; 4 operations per element and query
 // head of the group on tensor cores, a few percent of their rate. Partial results of cut rows stay in L2.
-// Benchmark: fastllm_bench_cuda --benchmark_filter=Decode
+// Benchmark: fastllm_bench_cuda --benchmark_filter='^Decode/'
 #include <bit>
 
 #include "attention/decode_kernel.cuh"

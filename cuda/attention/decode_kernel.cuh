@@ -68,7 +68,7 @@ struct Output {
 
   // Joins `count` parts, in order. level 0: of blocks, 1: of runs.
   __device__ void merge(int first, int step, int count, int level, bool final) const {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 8;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < heads * (kHeadDim / 4); i += kThreads) {
       const int head = i / (kHeadDim / 4), dim = i % (kHeadDim / 4) * 4;
