@@ -132,13 +132,16 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) prefill_mma_kernel(co
   loader.seek(first);
   loader.start(k_tile, t.kv);
 
-  const std::uint32_t q_at = smem_address(chunk_at<S>(q_tile, warp_row + (lane & 15), lane >> 4));
-  const std::uint32_t k_at = smem_address(chunk_at<S>(k_tile, (lane & 7) + ((lane & 16) >> 1), (lane >> 3) & 1));
-  const std::uint32_t v_at = smem_address(chunk_at<S>(v_tile, lane & 15, lane >> 4));
+  std::uint32_t q_at = smem_address(chunk_at<S>(q_tile, warp_row + (lane & 15), lane >> 4));
+  std::uint32_t k_at = smem_address(chunk_at<S>(k_tile, (lane & 7) + ((lane & 16) >> 1), (lane >> 3) & 1));
+  std::uint32_t v_at = smem_address(chunk_at<S>(v_tile, lane & 15, lane >> 4));
   SoftmaxRows rows[S::kAtoms];
   float o[S::kAtoms][D / 8][4] = {};
 
   for (int pos = first; pos < t.kv_end; pos += kKvRows) {
+    // Hides where these come from: addresses made of them are then computed anew, not kept in registers, of which there
+    // are none to spare.
+    asm volatile("" : "+r"(loader.thread), "+r"(q_at), "+r"(k_at), "+r"(v_at));
     loader.finish(k_tile);
     __syncthreads();  // K is there, and everyone is done with V
     loader.start(v_tile, t.kv + p.kv_bytes);
@@ -162,11 +165,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) prefill_mma_kernel(co
     }
 
     const bool masked = needs_mask(p, t, pos, kKvRows);
+    std::uint32_t weights[S::kAtoms][kKvRows / 16][4];
 #pragma unroll
     for (int a = 0; a < S::kAtoms; ++a) {
       const float factor = finish_scores(p, t, warp_row + 16 * a + lane / 4, pos + 2 * (lane & 3), masked, s[a]);
       float rescale[2];
       softmax_step(rows[a], factor, s[a], rescale);
+#pragma unroll
+      for (int k = 0; k < kKvRows / 16; ++k) pack_scores(s[a], k, weights[a][k]);
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
 #pragma unroll
@@ -181,17 +187,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) prefill_mma_kernel(co
     }
 #pragma unroll
     for (int k = 0; k < kKvRows / 16; ++k) {
-      std::uint32_t a[S::kAtoms][4];
-#pragma unroll
-      for (int i = 0; i < S::kAtoms; ++i) pack_scores(s[i], k, a[i]);
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {
         std::uint32_t b[4];
         ldmatrix_x4_trans(b, beside<S>(v_at, 16 * k, 2 * n));
 #pragma unroll
         for (int i = 0; i < S::kAtoms; ++i) {
-          mma_bf16(o[i][2 * n], a[i], b[0], b[1]);
-          mma_bf16(o[i][2 * n + 1], a[i], b[2], b[3]);
+          mma_bf16(o[i][2 * n], weights[i][k], b[0], b[1]);
+          mma_bf16(o[i][2 * n + 1], weights[i][k], b[2], b[3]);
         }
       }
     }

@@ -207,16 +207,16 @@ __device__ __forceinline__ void softmax_step(SoftmaxRows& rows, float factor, fl
     rescale[half] = exp2_approx((rows.max[half] - base) * factor);
     rows.max[half] = high;
     const float shift = base * factor;
-    float sum = 0;
+    float sum[2] = {0, 0};  // two, for shorter chains
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[n][2 * half + e];
         x = exp2_approx(fmaf(x, factor, -shift));
-        sum += x;
+        sum[e] += x;
       }
-    rows.sum[half] = fmaf(rows.sum[half], rescale[half], sum);
+    rows.sum[half] = fmaf(rows.sum[half], rescale[half], sum[0] + sum[1]);
   }
 }
 
