@@ -31,6 +31,7 @@ class CudaBackend final : public Backend {
   ~CudaBackend() override;
 
   DeviceInfo info() const override;
+  bool profile_by_running() const override { return true; }
   std::unique_ptr<Buffer> allocate(std::size_t bytes, MemoryKind kind) override;
   void copy(void* dst, const void* src, std::size_t bytes) override;
   void synchronize() override;

@@ -1,0 +1,54 @@
+// The one way to launch a kernel: errors are checked, and programmatic dependent launch is on, so that a kernel's
+// prologue overlaps the end of the kernel before it in the stream (CUDA programming guide, "Programmatic Dependent
+// Launch and Synchronization"). The contract of every kernel launched here:
+//   - every thread calls pdl_wait() before it reads or writes any global memory that another kernel touches. Before
+//     it, only constants may be read: weights, rope tables, kernel parameters;
+//   - pdl_launch() may be called from then on, or earlier, to let the next kernel's prologue begin; it orders nothing.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "check.h"
+
+namespace fastllm::cuda {
+
+__device__ __forceinline__ void pdl_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void pdl_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
+            Args&&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...), "a kernel launch");
+}
+
+// More than 48 KB of dynamic shared memory must be asked for once per kernel (and device).
+template <class... Params>
+void allow_shared_memory(void (*kernel)(Params...), std::size_t bytes) {
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        "setting a kernel's shared memory");
+}
+
+}  // namespace fastllm::cuda
