@@ -69,7 +69,7 @@ Gemm::Impl::Impl(const GemmOptions& o) : options(o) {
   if (options.deterministic) return;
   own_kernels = prepare_skinny(properties.sharedMemPerBlockOptin);
   const std::size_t version = context.lt().GetVersion();
-  title = std::string("fastllm products 1, ") + properties.name + ", " + std::to_string(num_sms) + " SMs, cuBLASLt " +
+  title = std::string("fastllm products 2, ") + properties.name + ", " + std::to_string(num_sms) + " SMs, cuBLASLt " +
           std::to_string(version);
   file = gemm_table_file(properties.name, version);
   table = GemmTable::load(file, title);
@@ -166,8 +166,9 @@ void Gemm::tune(const WeightView& w, DType out_dtype, bool accumulate, std::span
   if (g.options.deterministic) return;
   const GemmShape shape{w.n, w.k, w.dtype, out_dtype, accumulate};
   std::vector<std::int64_t> missing;
-  for (const std::int64_t m : ms) {
-    if (m > 0 && !g.table.has(shape, m) && GemmTuner::affordable(shape, m)) missing.push_back(m);
+  for (const std::int64_t rows : ms) {
+    const std::int64_t m = tuned_rows(rows);
+    if (rows > 0 && !g.table.has(shape, m) && GemmTuner::affordable(shape, m)) missing.push_back(m);
   }
   if (missing.empty()) return;
   check(cudaStreamSynchronize(stream), "the work before tuning");

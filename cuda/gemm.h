@@ -51,8 +51,9 @@ class Gemm {
   // one; false: nothing was done.
   bool run_gated(const GemmCall& call, int act /* Activation */, cudaStream_t stream);
 
-  // Measures candidate algorithms for each m on this weight's shape, on scratch memory and with cold caches, and
-  // remembers the best (also which own kernel beats them). Shapes already known are skipped. Not while capturing.
+  // Measures candidate algorithms for each m (or a size near above it that stands for m) on this weight's shape, on
+  // scratch memory and with cold caches, and remembers the best, also which own kernel beats them. What is known is
+  // skipped. Not while capturing.
   void tune(const WeightView& w, DType out_dtype, bool accumulate, std::span<const std::int64_t> ms,
             cudaStream_t stream);
 

@@ -4,14 +4,17 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <functional>
 #include <memory>
+#include <vector>
 
 #include "gemm_lt.h"
 #include "gemm_table.h"
 #include "memory.h"
 
 namespace fastllm::cuda {
+
+// The rows to measure for calls of m rows: a few sizes stand for all up to 1024, each for those below it.
+std::int64_t tuned_rows(std::int64_t m);
 
 class GemmTuner {
  public:
@@ -20,6 +23,8 @@ class GemmTuner {
   GemmTuner(const LtContext& context, const GemmShape& shape, const void* weight, std::int64_t most_rows, int num_sms,
             bool own_kernels);
 
+  // All candidates in turn, several times over, so that clocks and power are the same for each. cuBLASLt's first
+  // proposal stays unless another one is clearly faster. Some 20 ms.
   GemmTiming measure(std::int64_t m);
 
   // Whether x and out of m rows are small enough to be scratch.
@@ -27,33 +32,25 @@ class GemmTuner {
 
  private:
   static constexpr std::size_t kInPlace = std::size_t{300} << 20;  // bytes
-  static constexpr std::size_t kRotated = std::size_t{160} << 20;  // bytes of weights, so that none is in L2 still
-  static constexpr std::size_t kFlush = std::size_t{64} << 20;     // bytes written to empty L2
-  static constexpr int kMostLaunches = 24;                         // of one graph
+  static constexpr std::size_t kRotated = std::size_t{320} << 20;  // bytes of weights, so that none is in L2 still
 
-  struct TimingEvent {
-    TimingEvent() { check(cudaEventCreate(&handle), "creating an event"); }
-    ~TimingEvent() { cudaEventDestroy(handle); }
-    TimingEvent(const TimingEvent&) = delete;
-    TimingEvent& operator=(const TimingEvent&) = delete;
-    cudaEvent_t handle = nullptr;
-  };
+  struct Candidate;
+  using Candidates = std::vector<std::unique_ptr<Candidate>>;
 
   GemmCall call(std::int64_t m, int turn) const;
-  // Microseconds per launch; enqueue(i) launches on turn i's weights.
-  float time(const std::function<void(int turn)>& enqueue);
-  float interval_us(const std::function<void()>& enqueue);
+  // Launches once, timed. False: the library refuses its own proposal.
+  bool try_out(Candidate& candidate);
+  void compare(Candidates& all);
 
   GemmShape shape_;
   LtProduct product_;
   int num_sms_;
   bool own_kernels_;
-  int copies_ = 1;
+  int copies_ = 1;  // of the weight
   std::size_t weight_bytes_;
   const std::byte* weights_ = nullptr;
-  std::unique_ptr<Buffer> copies_memory_, x_, out_, flush_;
+  std::unique_ptr<Buffer> copies_memory_, x_, out_;
   Stream stream_;
-  TimingEvent begin_, end_;
 };
 
 }  // namespace fastllm::cuda

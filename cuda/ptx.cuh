@@ -67,15 +67,6 @@ __device__ __forceinline__ void prefetch_l2(const void* global, std::uint32_t by
 #endif
 }
 
-// 16 bytes that are read once: past L1, and first out of L2.
-__device__ __forceinline__ uint4 load_stream(const void* global) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::evict_first.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(global));
-  return v;
-}
-
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -247,7 +247,13 @@ TEST_F(GemmTest, a_row_of_a_skinny_product_does_not_depend_on_the_others) {
   for (const auto& config : cuda::skinny_configs(136, 1544, 1, properties.multiProcessorCount)) {
     const Array all = problem.result(0, 32, skinny(config));
     for (const std::int64_t row : {0, 5, 8, 15, 31}) {
-      EXPECT_TRUE(problem.result(row, 1, skinny(config)).same_row(0, all, row)) << name(config) << ", row " << row;
+      const Array alone = problem.result(row, 1, skinny(config));
+      for (std::int64_t c = 0; c < 136; ++c) {
+        if (alone.get(0, c) == all.get(row, c)) continue;
+        ADD_FAILURE() << name(config) << ": out[" << row << ", " << c << "] of 32 rows is " << all.get(row, c)
+                      << ", alone " << alone.get(0, c) << ", seed " << test_seed();
+        break;
+      }
     }
   }
 }
