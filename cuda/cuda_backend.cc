@@ -258,8 +258,7 @@ void CudaBackend::qk_norm_rope_write_kv(const Tensor& qkv, const Step& step, int
 }
 
 void* CudaBackend::attention_workspace(const AttnArgs& args) {
-  const std::size_t bytes =
-      decode_workspace_bytes(attention_limits_, args.heads, args.head_dim, options_.deterministic);
+  const std::size_t bytes = decode_workspace_bytes(attention_limits_, args.heads, args.head_dim);
   auto& all = attention_workspaces_;
   if (all.empty() || all.back()->bytes() < bytes) {
     all.push_back(allocate_device(bytes));
@@ -291,7 +290,6 @@ void CudaBackend::attention(const Tensor& out, const Tensor& q, const Step& base
   call.kv = kv;
   call.args = args;
   call.alibi_slopes = device_slopes(args.alibi_slopes);
-  call.deterministic = options_.deterministic;
   if (step.view.num_decode_rows > 0)
     decode_attention(call, step.view, step.decode_plan, attention_limits_, attention_workspace(args), stream_.get());
   if (step.view.num_rows > step.view.num_decode_rows)

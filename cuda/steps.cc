@@ -265,7 +265,7 @@ void StepRing::pack_plans(Packing& packing, CudaStep& step) {
     kv_lengths_.clear();
     for (const DeviceRow& row : rows.first(count(decode_rows))) kv_lengths_.push_back(row.first_pos + 1);
     auto* plan = packing.part<std::byte>(layout_.decode_plan, decode_plan_bytes(attention_));
-    write_decode_plan(kv_lengths_, attention_, deterministic_, plan);
+    write_decode_plan(kv_lengths_, attention_, plan);
     step.decode_plan = packing.device<std::byte>(layout_.decode_plan);
   }
   if (decode_rows < step.view.num_rows) {

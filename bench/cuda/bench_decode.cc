@@ -1,4 +1,5 @@
-// Decode attention over paged KV: blocks of 16 positions, shuffled. `GB/s` counts keys and values, queries and results.
+// Decode attention over paged KV: blocks of 16 positions, shuffled except in_order_*. `GB/s` counts keys and values,
+// queries and results.
 //
 //   --benchmark_filter='^Decode/'   the kernel that the engine takes
 //   --benchmark_filter='^Generic/'  the kernel for any shape
@@ -34,7 +35,7 @@ struct Shape {
   DType kv = DType::BF16;
   int first_length = 0;  // of the first row, where it differs
   int window = 0;
-  bool deterministic = false;
+  bool in_order = false;  // blocks
 };
 
 constexpr Shape kShapes[] = {
@@ -45,11 +46,15 @@ constexpr Shape kShapes[] = {
     {"8x512", 8, 512, 14.2},
     {"8x2048", 8, 2048, 34.4},
     {"8x8192", 8, 8192, 100.5},
+    {"8x32768", 8, 32768, 363},
     {"64x512", 64, 512, 56.1},
     {"64x2048", 64, 2048, 190},
     {"64x8192", 64, 8192, 713},
+    {"64x32768", 64, 32768, 2808},
     {"256x512", 256, 512, 195},
     {"256x2048", 256, 2048, 721},
+    {"256x8192", 256, 8192, 2814},
+    {"256x32768", 256, 32768, 11152},
     {"1x131072_and_31x4096", 32, 4096, 0, 32, 8, 128, DType::BF16, 131072},
     {"mha_8x2048", 8, 2048, 0, 32, 32},
     {"mqa_16_1x32768", 1, 32768, 0, 16, 1},
@@ -57,6 +62,8 @@ constexpr Shape kShapes[] = {
     {"llama1b_1x2048", 1, 2048, 0, 32, 8, 64},
     {"llama1b_64x2048", 64, 2048, 0, 32, 8, 64},
     {"smollm_1x512", 1, 512, 0, 9, 3, 64},
+    {"llama1b_256x250", 256, 250, 0, 32, 8, 64},
+    {"smollm_256x150", 256, 150, 0, 9, 3, 64},
     {"smollm_256x512", 256, 512, 0, 9, 3, 64},
     {"d256_64x2048", 64, 2048, 0, 16, 8, 256},
     {"fp8_1x8192", 1, 8192, 0, 32, 8, 128, DType::F8E4M3},
@@ -65,8 +72,7 @@ constexpr Shape kShapes[] = {
     {"fp8_d256_64x2048", 64, 2048, 0, 16, 8, 256, DType::F8E4M3},
     {"window1024_1x32768", 1, 32768, 0, 32, 8, 128, DType::BF16, 0, 1024},
     {"window1024_64x8192", 64, 8192, 0, 32, 8, 128, DType::BF16, 0, 1024},
-    {"deterministic_1x8192", 1, 8192, 0, 32, 8, 128, DType::BF16, 0, 0, true},
-    {"deterministic_64x2048", 64, 2048, 0, 32, 8, 128, DType::BF16, 0, 0, true},
+    {"in_order_64x8192", 64, 8192, 0, 32, 8, 128, DType::BF16, 0, 0, true},
 };
 constexpr Shape kGenericShapes[] = {
     {"8x512", 8, 512},
@@ -116,7 +122,7 @@ void run(benchmark::State& state, const Shape& s, Copies copies, bool generic) {
     }
     std::vector<std::int32_t> order(static_cast<std::size_t>(blocks));
     std::iota(order.begin(), order.end(), 0);
-    std::shuffle(order.begin(), order.end(), std::mt19937(1));
+    if (!s.in_order) std::shuffle(order.begin(), order.end(), std::mt19937(1));
     std::vector<BlockId> tables(static_cast<std::size_t>(s.rows) * static_cast<std::size_t>(width), BlockId{0});
     auto next = order.begin();
     for (std::size_t r = 0; r < lengths.size(); ++r)
@@ -124,7 +130,7 @@ void run(benchmark::State& state, const Shape& s, Copies copies, bool generic) {
         tables[r * static_cast<std::size_t>(width) + static_cast<std::size_t>(b)] = BlockId{*next++};
 
     std::vector<std::byte> plan(cuda::decode_plan_bytes(limits));
-    cuda::write_decode_plan(lengths, limits, s.deterministic, plan.data());
+    cuda::write_decode_plan(lengths, limits, plan.data());
     const Upload<std::byte> device_plan(plan);
     const Upload<DeviceRow> device_rows(rows);
     const Upload<std::int32_t> device_positions(positions), device_slots(slots);
@@ -134,7 +140,7 @@ void run(benchmark::State& state, const Shape& s, Copies copies, bool generic) {
     const Rotation pool(pool_bytes, copies == Copies::Four ? 4 * pool_bytes : Rotation::kBeyondL2);
     const std::int64_t ldq = (s.heads + 2 * s.kv_heads) * s.head_dim, ldo = s.heads * s.head_dim;
     const Rotation q(static_cast<std::size_t>(s.rows * ldq * 2), 1), out(static_cast<std::size_t>(s.rows * ldo * 2), 1);
-    const Rotation workspace(cuda::decode_workspace_bytes(limits, s.heads, s.head_dim, s.deterministic), 1);
+    const Rotation workspace(cuda::decode_workspace_bytes(limits, s.heads, s.head_dim), 1);
     check(cudaMemset(workspace.at(0), 0, cuda::decode_counter_bytes(limits)), "cudaMemset");
 
     cuda::StepView step;
@@ -149,7 +155,6 @@ void run(benchmark::State& state, const Shape& s, Copies copies, bool generic) {
     call.q = q.at(0);
     call.ldq = ldq;
     call.args = {s.heads, s.kv_heads, s.head_dim, 1.0f / std::sqrt(static_cast<float>(s.head_dim)), 0, s.window, {}};
-    call.deterministic = s.deterministic;
 
     const double kv_bytes =
         2.0 * static_cast<double>(read_positions) * s.kv_heads * s.head_dim * static_cast<double>(size_of(s.kv));

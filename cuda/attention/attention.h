@@ -30,7 +30,6 @@ struct AttentionCall {
   KvView kv;                            // dtype: that of q, or F8E4M3
   AttnArgs args;                        // alibi_slopes: ignored, see the next field
   const float* alibi_slopes = nullptr;  // [heads] device memory, or null
-  bool deterministic = false;           // a row's result never depends on the other rows, bit for bit
 };
 
 // What does not change during the life of a backend.
@@ -45,15 +44,15 @@ struct AttentionLimits {
 // --- decode (attention/decode.cu, attention/decode_plan.cc) ---
 // The split of the decode rows' KV positions into work items of about equal length. Host code writes it next to the
 // other step inputs; the kernels read it on the device, so a recorded launch serves every step of the same padded size.
+// The cuts depend on the whole batch, and a row's rounding on its cuts: where that must not be, rows go to prefill.
 std::size_t decode_plan_bytes(const AttentionLimits& limits);  // upper bound, multiple of 16
 // kv_lengths: positions each decode row reads; 0 for padding rows. `out` has decode_plan_bytes().
-void write_decode_plan(std::span<const std::int32_t> kv_lengths, const AttentionLimits& limits, bool deterministic,
-                       std::byte* out);
+void write_decode_plan(std::span<const std::int32_t> kv_lengths, const AttentionLimits& limits, std::byte* out);
 // Arrival counters, then partial results; heads and head_dim are the largest of the model. The counters, the first
 // decode_counter_bytes() of it, must be zeroed once, after allocation: every call leaves them zero.
 std::size_t decode_counter_bytes(const AttentionLimits& limits);
-std::size_t decode_workspace_bytes(const AttentionLimits& limits, int heads, int head_dim, bool deterministic = true);
-// The plan was written with call.deterministic. A window other than limits.window is correct, but may be slower.
+std::size_t decode_workspace_bytes(const AttentionLimits& limits, int heads, int head_dim);
+// A window other than limits.window is correct, but may be slower.
 // Launches no more and no fewer blocks than `step.num_decode_rows` and the limits say: nothing else of the step is
 // known on the host when a graph is recorded.
 void decode_attention(const AttentionCall& call, const StepView& step, const std::byte* plan /* device */,

@@ -36,7 +36,6 @@ bool has_fast_path(const AttentionCall& call) {
   if (call.dtype != DType::BF16 || (kv.dtype != DType::BF16 && kv.dtype != DType::F8E4M3)) return false;
   if (a.head_dim != 64 && a.head_dim != 128 && a.head_dim != 256) return false;
   if (kv.block_size < 8 || !std::has_single_bit(static_cast<unsigned>(kv.block_size))) return false;
-  if (a.kv_heads * decode::split_heads(a.heads / a.kv_heads).passes > decode::kMaxItemsPerRow) return false;
   if (kv.block_stride > INT32_MAX / 2) return false;
   const auto address = reinterpret_cast<std::uintptr_t>(call.q) | reinterpret_cast<std::uintptr_t>(call.out) |
                        reinterpret_cast<std::uintptr_t>(kv.base);
@@ -79,11 +78,8 @@ void decode_attention(const AttentionCall& call, const StepView& step, const std
   p.score_scale = a.scale * (a.softcap > 0 ? 2.0f * decode::kLog2e / a.softcap : decode::kLog2e);
   p.softcap_log2 = a.softcap * decode::kLog2e;
   p.alibi_slopes = call.alibi_slopes;
-  p.max_parts = call.deterministic ? decode::max_parts(limits.max_rows) : 0;
   p.num_sms = limits.num_sms;
-  p.num_slots = call.deterministic ? static_cast<std::int64_t>(limits.max_rows) * p.items_per_row * p.max_parts
-                                   : std::int64_t{2} * limits.num_sms *
-                                         decode::blocks_per_sm(a.head_dim, call.kv.dtype == DType::F8E4M3);
+  p.num_slots = std::int64_t{2} * limits.num_sms * decode::blocks_per_sm(a.head_dim, call.kv.dtype == DType::F8E4M3);
   p.counters = static_cast<std::int32_t*>(workspace);
   p.partial_out = reinterpret_cast<float*>(static_cast<std::byte*>(workspace) + decode_counter_bytes(limits));
   p.partial_sums = reinterpret_cast<float2*>(p.partial_out + p.num_slots * p.split.heads * a.head_dim);

@@ -14,18 +14,27 @@
 
 #include "ptx.cuh"
 
+// How keys and values pass L2: -DFASTLLM_DECODE_L2='""' or '".L2::128B"' for comparison.
+#ifndef FASTLLM_DECODE_L2
+#define FASTLLM_DECODE_L2 ".L2::256B"
+#endif
+
 namespace fastllm::cuda::decode {
 
 // Replaces v if `wanted`. An ordinary load, not .nc: the kernel before may still be writing when this one starts.
-// Volatile keeps loads in order; a predicate instead of a branch lets them land in the registers they replace.
+// Volatile keeps loads in order; a predicate instead of a branch lets them land in the registers they replace. The keys
+// (values) of a head in a cache block are contiguous and all are wanted, so L2 may fetch 256 bytes at a time: a lane's
+// neighbours ask for as little as 64 of a row at once.
 template <class Raw>
 __device__ __forceinline__ void load_past_l1(Raw& v, const std::byte* global, bool wanted) {
   if constexpr (sizeof(Raw) == 16) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.L1::no_allocate" FASTLLM_DECODE_L2
+                 ".v4.u32 {%0, %1, %2, %3}, [%4]; }"
                  : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
                  : "l"(global), "r"(static_cast<int>(wanted)));
   } else {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %3, 0; @p ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2]; }"
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %3, 0; @p ld.global.L1::no_allocate" FASTLLM_DECODE_L2
+                 ".v2.u32 {%0, %1}, [%2]; }"
                  : "+r"(v.x), "+r"(v.y)
                  : "l"(global), "r"(static_cast<int>(wanted)));
   }

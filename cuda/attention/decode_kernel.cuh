@@ -56,10 +56,10 @@ struct Output {
         make_uint2(pack_bf16(m.out.x * scale, m.out.y * scale), pack_bf16(m.out.z * scale, m.out.w * scale));
   }
   __device__ float* partial_out(int part, int head) const {
-    return p.partial_out + (static_cast<std::int64_t>(w.slot(p, part)) * p.split.heads + head) * kHeadDim;
+    return p.partial_out + (static_cast<std::int64_t>(w.slot(part)) * p.split.heads + head) * kHeadDim;
   }
   __device__ float2* partial_sums(int part, int head, int level) const {
-    return p.partial_sums + (level * p.num_slots + w.slot(p, part)) * p.split.heads + head;
+    return p.partial_sums + (level * p.num_slots + w.slot(part)) * p.split.heads + head;
   }
   __device__ void store_partial(int part, int head, int dim, const Merged& m, int level) const {
     *reinterpret_cast<float4*>(partial_out(part, head) + dim) = m.out;
@@ -100,7 +100,7 @@ template <class Cache, int kHeadDim>
 struct Shared {
   float out[kWarps][8][kHeadDim + 4];  // padded against bank conflicts
   float2 sums[kWarps][8];
-  Work work;  // the epilogue's copy: the main loop has no registers to spare
+  Work work;  // a copy for what comes after the main loop, which has no registers to spare
 };
 
 template <class Cache, int kHeadDim>
@@ -155,10 +155,9 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, Shared
     const std::byte* const k0 = key_row(n, g) + t * 16;
     const std::byte* const k1 = key_row(n, g + 8) + t * 16;
 #pragma unroll
-    for (int c = 0; c < L::kKeyLoads; ++c) {
-      load_past_l1(key[0][c], k0 + c * 64, n < steps);
-      load_past_l1(key[1][c], k1 + c * 64, n < steps);
-    }
+    for (int c = 0; c < L::kKeyLoads; ++c) load_past_l1(key[0][c], k0 + c * 64, n < steps);
+#pragma unroll
+    for (int c = 0; c < L::kKeyLoads; ++c) load_past_l1(key[1][c], k1 + c * 64, n < steps);
   };
   const auto load_values = [&](int n) {
     constexpr int kBytes = sizeof(typename L::ValueRaw);
@@ -279,7 +278,7 @@ __device__ __forceinline__ void attend(const Params& p, const Work& work, Shared
   const int run_size = w.parts > kMaxDirectParts ? kPartsPerRun : w.parts;
   const int runs = ceil_div(w.parts, run_size), run_begin = w.part / run_size * run_size;
   int first = run_begin, step = 1, count = min(run_size, w.parts - run_begin);
-  int counter = w.run_counter(p, run_begin);
+  int counter = w.run_counter(run_begin);
 #pragma unroll 1
   for (int level = 0; arrive_last(p.counters + counter, count); ++level) {
     const bool final = level == 1 || runs == 1;
@@ -298,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_sm(kHeadDim, Cache::kByte
   pdl_wait();
   pdl_launch();
   WorkList list(p);
-  for (Work w; list.next(p, w);) attend(p, w, shared);
+  for (Work w; list.next(p, shared.work, w);) attend(p, w, shared);
   for (int r = static_cast<int>(blockIdx.x); r < p.num_rows; r += static_cast<int>(gridDim.x)) {
     const DeviceRow row = p.rows[r];
     if (row.first_pos >= 0) continue;  // padding

@@ -5,7 +5,8 @@
 //   thread blocks:   [ block 0          )[ block 1          )[ block 2          ) ...      equal runs of tiles
 //
 // A run may end inside a (row, head): that is then cut into parts, whose results the block that finishes last merges.
-// In deterministic mode a (row, head) is cut into parts by the row's length alone, and blocks take whole parts.
+// Short ones stay whole where blocks have little to do, in the block that has their first tile: joining parts takes
+// longer than computing them.
 #pragma once
 
 #include <algorithm>
@@ -17,10 +18,8 @@ namespace fastllm::cuda::decode {
 inline constexpr int kTile = 64;             // positions
 inline constexpr int kMaxBlocksPerSm = 5;    // of any decode kernel, see blocks_per_sm()
 inline constexpr int kMaxHeadsPerItem = 32;  // query heads that one block computes at once
-inline constexpr int kMaxItemsPerRow = 128;  // of the tensor core kernel
 inline constexpr int kMaxDirectParts = 32;   // parts merged by one block; more are merged in runs first
 inline constexpr int kPartsPerRun = 16;
-inline constexpr int kMinPartTiles = 4;  // deterministic
 
 // Thread blocks resident on one multiprocessor, as their registers allow.
 constexpr int blocks_per_sm(int head_dim, bool fp8) {
@@ -41,21 +40,19 @@ constexpr int tiles_per_block(int tiles, int blocks, int num_sms) {
   return std::max(ceil_div(tiles, blocks), std::min(2, ceil_div(tiles, num_sms)));
 }
 
-// Deterministic mode. The bound keeps partial results small; it depends on nothing that changes between steps.
-constexpr int max_parts(int max_rows) { return std::clamp(2048 / std::max(max_rows, 1), 4, kMaxDirectParts); }
-constexpr int part_tiles(int tiles, int max_parts) { return std::max(kMinPartTiles, ceil_div(tiles, max_parts)); }
+// Whether a (row, head) of that many tiles is never cut.
+constexpr bool stays_whole(int tiles, int tiles_per_block) {
+  return tiles <= 4 && tiles <= tiles_per_block && tiles_per_block <= 8;
+}
 
-// The plan: for no window, then for limits.window if there is one, how many tiles (deterministic: parts) the rows
-// before row r have, per kv head, r = 0 .. max_rows.
+// The plan: for no window, then for limits.window if there is one, how many tiles the rows before row r have, per kv
+// head, r = 0 .. max_rows.
 constexpr std::size_t prefix_stride(int max_rows) {  // int32
   return (static_cast<std::size_t>(max_rows) + 1 + 3) / 4 * 4;
 }
 
-// Arrival counters at the start of the workspace: three per block, or one per (row, item).
-constexpr std::size_t counters(int max_rows, int num_sms) {
-  return std::max(static_cast<std::size_t>(num_sms) * kMaxBlocksPerSm * 3,
-                  static_cast<std::size_t>(max_rows) * kMaxItemsPerRow);
-}
+// Arrival counters at the start of the workspace: three per block.
+constexpr std::size_t counters(int num_sms) { return static_cast<std::size_t>(num_sms) * kMaxBlocksPerSm * 3; }
 
 // Query heads of a kv head are computed in passes of equal size.
 struct HeadSplit {

@@ -28,7 +28,6 @@ struct Params {
   float score_scale = 0;            // to base-2 logarithms; with softcap: to the exponent of its tanh
   float softcap_log2 = 0;           // 0: off
   const float* alibi_slopes = nullptr;
-  int max_parts = 0;  // deterministic; 0: not
   int num_sms = 0;
   std::int32_t* counters = nullptr;
   float* partial_out = nullptr;    // [slots, split.heads, head_dim]
@@ -40,19 +39,13 @@ struct Params {
 struct Work {
   DeviceRow row;
   int item, tile_begin, tile_end, part, parts;
-  int id;  // the block that has the item's first part; deterministic: the number of (row, item)
+  int id;  // the block that has the item's first part
 
   // Where part i's result goes. A block ends at most one item that began before it, and begins at most one that ends
   // after it.
-  __device__ int slot(const Params& p, int i) const {
-    if (p.max_parts > 0) return id * p.max_parts + i;
-    return i == 0 ? 2 * id + 1 : 2 * (id + i);
-  }
+  __device__ int slot(int i) const { return i == 0 ? 2 * id + 1 : 2 * (id + i); }
   // Where the parts of a run arrive, by its first part, and where runs arrive.
-  __device__ int run_counter(const Params& p, int first) const {
-    if (p.max_parts > 0) return id;
-    return first == 0 ? 3 * id + 1 : 3 * (id + first);
-  }
+  __device__ int run_counter(int first) const { return first == 0 ? 3 * id + 1 : 3 * (id + first); }
   __device__ int final_counter() const { return 3 * id + 2; }
 };
 
@@ -61,35 +54,36 @@ class WorkList {
  public:
   __device__ explicit WorkList(const Params& p) {
     const int total = load_volatile(p.prefix + p.num_rows) * p.items_per_row;
-    per_block_ = p.max_parts > 0 ? 1 : tiles_per_block(total, static_cast<int>(gridDim.x), p.num_sms);
+    per_block_ = tiles_per_block(total, static_cast<int>(gridDim.x), p.num_sms);
     next_ = static_cast<int>(blockIdx.x) * per_block_;
-    end_ = p.max_parts > 0 ? total : min(next_ + per_block_, total);
+    end_ = min(next_ + per_block_, total);
   }
 
-  __device__ bool next(const Params& p, Work& w) {
-    // Before anything is known of the work: at small batches this kernel is a chain of latencies.
-    Rows rows = load_rows(p, 0, p.num_rows);
-    if (next_ >= end_) return false;
-    int row = 0;
-    const int before = find_row(p, next_ / p.items_per_row, rows, row, w.row) * p.items_per_row;
-    const int tiles = row_tiles(w.row.first_pos + 1, p.plan_window);
-    if (p.max_parts > 0) {
-      const int chunk = part_tiles(tiles, p.max_parts);
-      w.parts = ceil_div(tiles, chunk);
-      w.item = (next_ - before) / w.parts;
-      w.part = (next_ - before) % w.parts;
-      w.tile_begin = w.part * chunk;
-      w.tile_end = min(w.tile_begin + chunk, tiles);
-      w.id = row * p.items_per_row + w.item;
-      next_ += static_cast<int>(gridDim.x);
-      return true;
+  // `last`: what the call before found, except in the first one.
+  __device__ bool next(const Params& p, const Work& last, Work& w) {
+    const bool started = next_ != static_cast<int>(blockIdx.x) * per_block_;
+    bool same_row = started && last.item + 1 < p.items_per_row;
+    if (same_row) w.row = last.row, w.item = last.item;
+    int tiles;
+    while (true) {
+      if (!same_row) {
+        if (!search(p, w)) return false;
+      } else if (next_ < end_) {
+        ++w.item;
+        w.tile_begin = 0;
+      } else {
+        return false;
+      }
+      tiles = row_tiles(w.row.first_pos + 1, p.plan_window);
+      if (w.tile_begin == 0 || !stays_whole(tiles, per_block_)) break;
+      next_ += tiles - w.tile_begin;  // the rest of an item of a block before
+      same_row = w.item + 1 < p.items_per_row;
     }
-    w.item = (next_ - before) / tiles;
-    w.tile_begin = (next_ - before) % tiles;
-    w.tile_end = min(tiles, w.tile_begin + end_ - next_);
+    const bool whole = stays_whole(tiles, per_block_);
+    w.tile_end = whole ? tiles : min(tiles, w.tile_begin + end_ - next_);
     const int item_begin = next_ - w.tile_begin;
     w.id = item_begin / per_block_;
-    w.parts = (item_begin + tiles - 1) / per_block_ - w.id + 1;
+    w.parts = whole ? 1 : (item_begin + tiles - 1) / per_block_ - w.id + 1;
     w.part = static_cast<int>(blockIdx.x) - w.id;
     next_ += w.tile_end - w.tile_begin;
     return true;
@@ -99,7 +93,7 @@ class WorkList {
   int per_block_, next_, end_;
 
   struct Rows {  // one per lane
-    int before;  // units of the rows before it
+    int before;  // tiles of the rows before it
     DeviceRow row;
   };
   // Volatile: not moved behind the branches that decide whether they are needed.
@@ -120,20 +114,31 @@ class WorkList {
     return r;
   }
 
-  // The row that holds unit `unit` of its kv head 0; returns the units before it. 32-ary search.
-  static __device__ int find_row(const Params& p, int unit, Rows rows, int& index, DeviceRow& row) {
+  // The row, item and tile that next_ is; false if that is beyond the block's end.
+  __device__ bool search(const Params& p, Work& w) const {
+    // Before anything is known of the work: at small batches this kernel is a chain of latencies.
+    const Rows rows = load_rows(p, 0, p.num_rows);
+    if (next_ >= end_) return false;
+    const int before = find_row(p, next_ / p.items_per_row, rows, w.row) * p.items_per_row;
+    const int tiles = row_tiles(w.row.first_pos + 1, p.plan_window);
+    w.item = (next_ - before) / tiles;
+    w.tile_begin = (next_ - before) % tiles;
+    return true;
+  }
+
+  // The row that holds tile `tile` of kv head 0; returns the tiles before it. 32-ary search.
+  static __device__ int find_row(const Params& p, int tile, Rows rows, DeviceRow& row) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     int begin = 0, n = p.num_rows;
     while (n > 32) {
       const int step = ceil_div(n, 32), i = lane * step;
-      const bool before = i < n && p.prefix[begin + i] <= unit;
+      const bool before = i < n && p.prefix[begin + i] <= tile;
       const int skip = (__popc(__ballot_sync(0xffffffffu, before)) - 1) * step;
       begin += skip;
       n = min(step, n - skip);
     }
     if (p.num_rows > 32) rows = load_rows(p, begin, n);
-    const int from = __popc(__ballot_sync(0xffffffffu, rows.before <= unit)) - 1;
-    index = begin + from;
+    const int from = __popc(__ballot_sync(0xffffffffu, rows.before <= tile)) - 1;
     row.token_begin = __shfl_sync(0xffffffffu, rows.row.token_begin, from);
     row.num_tokens = 1;
     row.first_pos = __shfl_sync(0xffffffffu, rows.row.first_pos, from);

@@ -12,7 +12,6 @@ namespace {
 using cuda::AttentionLimits;
 
 struct Options {
-  bool deterministic = false;
   int num_sms = 0;          // to cut the work for; 0: of the device
   int max_rows = 0;         // 0: of the step
   int planned_window = -1;  // -1: that of the shape
@@ -52,15 +51,14 @@ class DecodeAttention : public CudaTest {
     }
 
     std::vector<std::byte> plan(cuda::decode_plan_bytes(limits));
-    cuda::write_decode_plan(lengths, limits, options.deterministic, plan.data());
+    cuda::write_decode_plan(lengths, limits, plan.data());
     const DeviceArray<std::byte> device_plan(plan);
     constexpr std::size_t kGuard = 256;
-    const std::size_t bytes = cuda::decode_workspace_bytes(limits, shape.heads, shape.head_dim, options.deterministic);
+    const std::size_t bytes = cuda::decode_workspace_bytes(limits, shape.heads, shape.head_dim);
     const DeviceArray<std::byte> workspace(bytes + kGuard);
     cuda::check(cudaMemset(workspace.get(), 0, cuda::decode_counter_bytes(limits)), "cudaMemset");
 
-    auto call = step.call();
-    call.deterministic = options.deterministic;
+    const auto call = step.call();
     const auto once = [&] {
       cuda::decode_attention(call, step.view(), device_plan.get(), limits, workspace.get(), stream);
       return step.result();
@@ -89,8 +87,7 @@ class DecodeAttention : public CudaTest {
 
   static std::string describe(const AttentionShape& shape, const AttentionStep& step, const Options& options) {
     std::ostringstream s;
-    s << shape.describe() << ", " << (options.deterministic ? "deterministic, " : "") << options.num_sms << " SMs, "
-      << step.rows.size() << " rows of lengths";
+    s << shape.describe() << ", " << options.num_sms << " SMs, " << step.rows.size() << " rows of lengths";
     for (std::size_t i = 0; i < std::min<std::size_t>(step.rows.size(), 16); ++i)
       s << " " << step.rows[i].first_pos + 1;
     return s.str();
@@ -151,6 +148,19 @@ TEST_F(DecodeAttention, SkewedAndLargeBatchesMatchTheOracle) {
   }
 }
 
+// Rows of up to four tiles stay whole, in blocks of two to eight tiles, next to rows that are cut.
+TEST_F(DecodeAttention, ShortRowsMatchTheOracle) {
+  for (const int sms : {4, 8, 16, 30, 60}) {
+    for (const int kv_heads : {1, 3}) {
+      std::vector<int> lengths;
+      for (int i = 0; i < 64; ++i)
+        lengths.push_back(random.below(8) == 0 ? 0 : 1 + random.below(random.below(6) == 0 ? 700 : 256));
+      check({.heads = 3 * kv_heads, .kv_heads = kv_heads, .head_dim = 64}, lengths, {.num_sms = sms});
+    }
+  }
+  check({.heads = 9, .kv_heads = 3, .head_dim = 64}, std::vector<int>(256, 150));
+}
+
 TEST_F(DecodeAttention, OnlyPaddingRowsGiveZeros) { check({.heads = 8, .kv_heads = 2}, {0, 0, 0}); }
 
 TEST_F(DecodeAttention, WindowsMatchTheOracle) {
@@ -181,36 +191,6 @@ TEST_F(DecodeAttention, GreatScoresStayFinite) {
   check({.heads = 4, .kv_heads = 2, .softcap = 20}, boundaries_, {.sigma = 200});
 }
 
-TEST_F(DecodeAttention, DeterministicRowsDoNotDependOnTheBatch) {
-  for (const int window : {0, 300}) {
-    const AttentionShape shape{.heads = 8, .kv_heads = 2, .window = window};
-    const std::vector<int> lengths{700, 1, 0, 64, 3000, 257, 0, 511, 256};
-    const PagedCache cache(shape, sequences(lengths), random);
-    const AttentionStep all(cache, rows_of(lengths), static_cast<int>(lengths.size()), random);
-    const Options options{.deterministic = true, .max_rows = 64};
-    const Array together = launch(shape, all, options);
-    const auto wrong = all.difference(together, kTolerance);
-    EXPECT_EQ(wrong, "") << describe(shape, all, options);
-    for (std::size_t r = 0; r < lengths.size(); ++r) {
-      auto row = all.rows[r];
-      row.token_begin = 0;
-      AttentionStep alone(cache, {row}, 1, random);
-      auto call = alone.call();
-      // The same query as in the batch.
-      cuda::check(cudaMemcpy(const_cast<void*>(call.q), all.q.tensor().at(static_cast<std::int64_t>(r)),
-                             static_cast<std::size_t>(all.q.cols()) * 2, cudaMemcpyHostToDevice),
-                  "cudaMemcpy");
-      EXPECT_TRUE(launch(shape, alone, options).same_row(0, together, static_cast<std::int64_t>(r)))
-          << "row " << r << " of " << describe(shape, all, options);
-    }
-  }
-}
-
-TEST_F(DecodeAttention, DeterministicModeMatchesTheOracle) {
-  for (const int group : {1, 4, 16, 40})
-    check({.heads = group, .kv_heads = 1}, {1, 0, 333, 2500, 64}, {.deterministic = true});
-}
-
 TEST(DecodePlan, CountsTheTilesBeforeEveryRow) {
   AttentionLimits limits;
   limits.max_rows = 6;
@@ -218,22 +198,11 @@ TEST(DecodePlan, CountsTheTilesBeforeEveryRow) {
   limits.window = 100;
   const std::vector<std::int32_t> lengths{1, 0, 64, 65, 1000};
   std::vector<std::byte> bytes(cuda::decode_plan_bytes(limits));
-  cuda::write_decode_plan(lengths, limits, false, bytes.data());
+  cuda::write_decode_plan(lengths, limits, bytes.data());
   std::vector<std::int32_t> plan(bytes.size() / 4);
   std::memcpy(plan.data(), bytes.data(), bytes.size());
   // Position 900 to 999 of the last row are tiles 14 and 15.
   EXPECT_EQ(plan, (std::vector<std::int32_t>{0, 1, 1, 2, 4, 20, 20, 20, 0, 1, 1, 2, 4, 6, 6, 6}));
-}
-
-TEST(DecodePlan, DeterministicPartsDependOnTheLengthAlone) {
-  AttentionLimits limits;
-  limits.max_rows = 256;  // at most 8 parts
-  limits.num_sms = 10;
-  std::vector<std::byte> bytes(cuda::decode_plan_bytes(limits));
-  cuda::write_decode_plan(std::vector<std::int32_t>{1, 256, 257, 64 * 32, 64 * 33, 100000}, limits, true, bytes.data());
-  std::vector<std::int32_t> plan(7);
-  std::memcpy(plan.data(), bytes.data(), 28);
-  EXPECT_EQ(plan, (std::vector<std::int32_t>{0, 1, 2, 4, 12, 19, 27}));
 }
 
 }  // namespace
