@@ -69,7 +69,7 @@ Gemm::Impl::Impl(const GemmOptions& o) : options(o) {
   if (options.deterministic) return;
   own_kernels = prepare_skinny(properties.sharedMemPerBlockOptin);
   const std::size_t version = context.lt().GetVersion();
-  title = std::string("fastllm products 2, ") + properties.name + ", " + std::to_string(num_sms) + " SMs, cuBLASLt " +
+  title = std::string("fastllm products 3, ") + properties.name + ", " + std::to_string(num_sms) + " SMs, cuBLASLt " +
           std::to_string(version);
   file = gemm_table_file(properties.name, version);
   table = GemmTable::load(file, title);

@@ -22,7 +22,7 @@ std::istream& operator>>(std::istream& in, GemmTable::Entry& e) {
   GemmTiming& t = e.timing;
   in >> t.lt_us;
   for (auto& word : t.algo.data) in >> word;
-  in >> t.own_us >> t.own.strips >> t.own.k_warps >> t.own.blocks_per_sm;
+  in >> t.own_us >> t.own.strips >> t.own.k_warps >> t.own.blocks_per_sm >> t.own.rolling;
   if (!is_valid(t.own)) in.setstate(std::ios::failbit);
   return in;
 }
@@ -32,7 +32,8 @@ std::ostream& operator<<(std::ostream& out, const GemmTable::Entry& e) {
       << static_cast<int>(e.shape.out_dtype) << ' ' << e.shape.accumulate << ' ' << e.m << ' ' << e.timing.lt_us;
   for (const auto word : e.timing.algo.data) out << ' ' << word;
   const SkinnyConfig& own = e.timing.own;
-  return out << ' ' << e.timing.own_us << ' ' << own.strips << ' ' << own.k_warps << ' ' << own.blocks_per_sm << '\n';
+  return out << ' ' << e.timing.own_us << ' ' << own.strips << ' ' << own.k_warps << ' ' << own.blocks_per_sm << ' '
+             << own.rolling << '\n';
 }
 
 }  // namespace

@@ -4,18 +4,21 @@
 //
 // Cost: 2nk bytes of weights, read once. Everything else is arranged around never letting these reads stop:
 //   - a grid of resident blocks; each group of `k_warps` warps walks over tiles of 8 * strips weight rows;
-//   - within a tile, warp i of the group takes every k_warps-th chunk of 64 columns. Partial sums meet in shared memory
-//     and are added in the order of the warps;
-//   - every thread copies exactly the weights that it multiplies to its own slots of shared memory, several chunks
-//     ahead and across tiles, so the queue needs no barriers and never drains. Weights are constants: the queue is
-//     filled before pdl_wait(), under the kernel before this one, and what comes after it is called into L2;
-//   - x is read through L1, one chunk ahead.
+//   - within a tile, warp i of the group takes every k_warps-th chunk of 256 / strips columns, 4 KB of weights. Partial
+//     sums meet in shared memory, in one of two places in turn, and are added in the order of the warps;
+//   - every warp copies exactly the weights that it multiplies to its own stages of shared memory, several chunks ahead
+//     and across tiles, so the queue needs no block barriers and never drains. One instruction copies 512 bytes that
+//     are as contiguous as the tile allows: 512 / strips of each row. Weights are constants: the queue is filled before
+//     pdl_wait(), under the kernel before this one, and what comes after it is called into L2, once or all along;
+//   - x is read through L1, 64 columns ahead.
 //
 // One m16n8k16 product takes 16 columns: x is A (16 tokens), the weights are B (8 rows). Which columns these are does
 // not matter as long as A and B agree, so that lane 4g + t takes 8 adjacent columns of row g, 16 bytes at once:
 //
-//   columns of a chunk    0      8      16     24     32     40     48     56
+//   of 64 columns         0      8      16     24     32     40     48     56
 //   lane % 4 (t), half    t=0,0  t=1,0  t=2,0  t=3,0  t=0,1  t=1,1  t=2,1  t=3,1     2 products per half
+//
+// In a stage, odd rows have the halves of every 64 columns swapped: no bank is read twice at once.
 //
 // Benchmark: --benchmark_filter=Gemm
 #include <algorithm>
@@ -29,14 +32,17 @@ namespace fastllm::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kChunk = 64;         // columns
-constexpr int kQueuedStrips = 12;  // strips of one chunk that each warp has under way: 12 KB
+constexpr int kStages = 3, kStageBytes = 4096;  // of each warp: a queue of 96 KB in a block
+constexpr int kStageUnits = kStageBytes / 16;
+constexpr int kCopies = kStageUnits / 32;  // instructions that fill a stage
 constexpr int kNotGated = -1;
 
-// Shared memory: the queue, then the partial sums of every warp, [8 * tokens8][8 * strips].
-constexpr std::size_t kQueueBytes = std::size_t{kQueuedStrips} * 2 * 16 * kThreads;
+constexpr int chunk_cols(int strips) { return 256 / strips; }
+
+// Shared memory: the queue, then twice the partial sums of every warp, [8 * tokens8][8 * strips].
+constexpr std::size_t kQueueBytes = std::size_t{kWarps} * kStages * kStageBytes;
 constexpr std::size_t shared_bytes(int strips, int tokens8) {
-  return kQueueBytes + std::size_t{kWarps} * 64 * sizeof(float) * static_cast<std::size_t>(strips * tokens8);
+  return kQueueBytes + std::size_t{2 * kWarps} * 64 * sizeof(float) * static_cast<std::size_t>(strips * tokens8);
 }
 
 struct Params {
@@ -49,9 +55,9 @@ struct Params {
   int tiles;   // of 8 * strips rows of w
   int chunks;  // of k
   int k_warps;
-  int prefetched;  // columns of a row called into L2 beyond the queue, a multiple of 8
-  int gated;       // an Activation, or kNotGated
-  bool out_f32, accumulate;
+  int ahead;  // chunks of each warp called into L2 beyond the queue
+  int gated;  // an Activation, or kNotGated
+  bool rolling, out_f32, accumulate;
 };
 
 __device__ __forceinline__ float activate(float x, Activation act) {
@@ -101,10 +107,17 @@ __device__ __forceinline__ void store_result(const Params& p, int token, int col
   }
 }
 
+// Where a warp is among its chunks.
+struct Cursor {
+  int tile, chunk;
+};
+
 // Tokens8: groups of 8 rows of x, 1, 2 or 4.
 template <int Strips, int Tokens8>
 __global__ __launch_bounds__(kThreads, Tokens8 < 4 ? 2 : 1) void skinny_kernel(const Params p) {
-  constexpr int kStages = kQueuedStrips / Strips;
+  constexpr int kCols = chunk_cols(Strips);
+  constexpr int kRowUnits = kCols / 8;             // 16 bytes each, of one row of a stage
+  constexpr int kSubs = kCols / 64;                // times 64 columns
   constexpr int kTileRows = 8 * Strips;            // of w
   constexpr int kProducts = (Tokens8 + 1) / 2;     // of 16 tokens
   constexpr int kPartial = 64 * Tokens8 * Strips;  // floats of one warp
@@ -119,36 +132,42 @@ __global__ __launch_bounds__(kThreads, Tokens8 < 4 ? 2 : 1) void skinny_kernel(c
   const int tile_cols = gated ? kTileRows / 2 : kTileRows;  // of out
   const int out_cols = gated ? p.n / 2 : p.n;
 
-  // The queue: slot s holds half u of strip j at queue[((s * Strips + j) * 2 + u) * kThreads].
-  uint4* const queue = shared + threadIdx.x;
-  int next_tile = split < p.chunks ? first_tile : p.tiles, next_chunk = split;  // to be copied
-  const __nv_bfloat16* rows[Strips];                                            // of next_tile
+  // Row `local` of a tile, in units of 16 bytes from p.w.
+  const auto* const w = reinterpret_cast<const uint4*>(p.w);
+  const auto row_units = static_cast<std::uint32_t>(p.k / 8);
   auto row_of = [&](int tile, int local) {
     const bool upper = gated && local >= tile_cols;
     const int row = min(tile * tile_cols + (upper ? local - tile_cols : local), out_cols - 1);
-    return p.w + (upper ? row + out_cols : row) * p.k;
+    return static_cast<std::uint32_t>(upper ? row + out_cols : row) * row_units;
   };
+  // True: another tile begins.
+  auto advance = [&](Cursor& c) {
+    c.chunk += p.k_warps;
+    if (c.chunk < p.chunks) return false;
+    c.chunk = split;
+    c.tile += tile_step;
+    return true;
+  };
+
+  // The queue. Copy i of a stage brings row i * Strips + lane / kRowUnits of the tile.
+  uint4* const queue = shared + warp * kStages * kStageUnits;
+  Cursor next{split < p.chunks ? first_tile : p.tiles, split};  // to be copied
+  std::uint32_t rows[kCopies];                                  // of next.tile
   auto find_rows = [&] {
 #pragma unroll
-    for (int j = 0; j < Strips; ++j) rows[j] = row_of(next_tile, 8 * j + g);
+    for (int i = 0; i < kCopies; ++i) rows[i] = row_of(next.tile, i * Strips + lane / kRowUnits);
   };
-  auto refill = [&](int slot) {
-    if (next_tile < p.tiles) {
-      const int col = next_chunk * kChunk + 8 * t;
+  auto refill = [&](int stage) {
+    if (next.tile < p.tiles) {
+      const auto unit = static_cast<std::uint32_t>(next.chunk * kRowUnits + lane % kRowUnits);
+      const bool inside = unit < row_units;
 #pragma unroll
-      for (int j = 0; j < Strips; ++j) {
-#pragma unroll
-        for (int u = 0; u < 2; ++u) {
-          const bool inside = col + 32 * u < p.k;
-          cp_async16(queue + ((slot * Strips + j) * 2 + u) * kThreads, rows[j] + (inside ? col + 32 * u : 0), inside);
-        }
+      for (int i = 0; i < kCopies; ++i) {
+        const int odd = (i * Strips + lane / kRowUnits) % 2;
+        cp_async16(queue + stage * kStageUnits + i * 32 + (lane ^ 4 * odd), w + (rows[i] + (inside ? unit : 0)),
+                   inside);
       }
-      next_chunk += p.k_warps;
-      if (next_chunk >= p.chunks) {
-        next_chunk = split;
-        next_tile += tile_step;
-        find_rows();
-      }
+      if (advance(next)) find_rows();
     }
     cp_async_commit();
   };
@@ -156,69 +175,82 @@ __global__ __launch_bounds__(kThreads, Tokens8 < 4 ? 2 : 1) void skinny_kernel(c
 #pragma unroll 1
   for (int s = 0; s < kStages; ++s) refill(s);
   pdl_launch();
-  // Lane i calls row i of the group's tiles into L2, from where the queue ends.
-  if (split == 0 && lane < kTileRows) {
-    const int stages_per_tile = (p.chunks + p.k_warps - 1) / p.k_warps;
-    int tile = first_tile + kStages / stages_per_tile * tile_step;
-    int col = kStages % stages_per_tile * p.k_warps * kChunk;
-    for (int left = p.prefetched; tile < p.tiles && left > 0; tile += tile_step) {
-      const int columns = min(static_cast<int>(p.k) - col, left);
-      prefetch_l2(row_of(tile, lane) + col, 2 * static_cast<std::uint32_t>(columns));
-      left -= columns;
-      col = 0;
-    }
-  }
+
+  // Lane i calls row i of the chunk at `far` into L2.
+  Cursor far = next;
+  std::uint32_t far_row = row_of(far.tile, lane);
+  auto call_into_l2 = [&] {
+    if (far.tile >= p.tiles) return;
+    const auto unit = static_cast<std::uint32_t>(far.chunk * kRowUnits);
+    if (lane < kTileRows)
+      prefetch_l2(w + (far_row + unit), 16 * min(static_cast<std::uint32_t>(kRowUnits), row_units - unit));
+    if (advance(far)) far_row = row_of(far.tile, lane);
+  };
+#pragma unroll 1
+  for (int i = 0; i < p.ahead; ++i) call_into_l2();
   pdl_wait();
 
-  // Half u of the chunk, token 8i + g.
-  auto load_x = [&](uint4(&x)[Tokens8][2], int chunk) {
+  // Half u of 64 columns, token 8i + g.
+  auto load_x = [&](uint4(&x)[Tokens8][2], int first_col) {
 #pragma unroll
     for (int i = 0; i < Tokens8; ++i) {
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
-        const int token = 8 * i + g, col = chunk * kChunk + 32 * u + 8 * t;
+        const int token = 8 * i + g, col = first_col + 32 * u + 8 * t;
         x[i][u] = token < p.m && col < p.k ? *reinterpret_cast<const uint4*>(p.x + token * p.ldx + col)
                                            : make_uint4(0, 0, 0, 0);
       }
     }
   };
   uint4 x[Tokens8][2];
-  load_x(x, split);
-  int slot = 0;
-  float* const partials = reinterpret_cast<float*>(shared + kQueueBytes / sizeof(uint4));
-  float* const mine = partials + warp * kPartial;
-  const float* const first = partials + group * p.k_warps * kPartial;  // of the group
+  load_x(x, split * kCols);
+  int stage = 0;
+  float* partials = reinterpret_cast<float*>(shared + kQueueBytes / sizeof(uint4));
+  std::ptrdiff_t other_partials = kWarps * kPartial;  // where the next tile's are
 
   for (int tile = first_tile; tile < p.tiles; tile += tile_step) {
     float sums[Strips][kProducts][4] = {};
     for (int chunk = split; chunk < p.chunks; chunk += p.k_warps) {
-      uint4 next_x[Tokens8][2];
-      load_x(next_x, chunk + p.k_warps < p.chunks ? chunk + p.k_warps : split);
+      const int next_chunk = chunk + p.k_warps < p.chunks ? chunk + p.k_warps : split;
       cp_async_wait<kStages - 1>();
+      __syncwarp();
 #pragma unroll
-      for (int j = 0; j < Strips; ++j) {
+      for (int sub = 0; sub < kSubs; ++sub) {
+        uint4 next_x[Tokens8][2];
+        load_x(next_x, sub + 1 < kSubs ? chunk * kCols + 64 * (sub + 1) : next_chunk * kCols);
 #pragma unroll
-        for (int u = 0; u < 2; ++u) {
-          const uint4 w = queue[((slot * Strips + j) * 2 + u) * kThreads];
+        for (int j = 0; j < Strips; ++j) {
 #pragma unroll
-          for (int q = 0; q < kProducts; ++q) {
-            const uint4 low = x[2 * q][u];
-            const uint4 high = Tokens8 > 1 ? x[(2 * q + 1) % Tokens8][u] : make_uint4(0, 0, 0, 0);
-            mma_bf16(sums[j][q], {low.x, high.x, low.y, high.y}, w.x, w.y);
-            mma_bf16(sums[j][q], {low.z, high.z, low.w, high.w}, w.z, w.w);
+          for (int u = 0; u < 2; ++u) {
+            const int unit = 8 * sub + ((4 * u + t) ^ 4 * (g % 2));
+            const uint4 b = queue[stage * kStageUnits + (8 * j + g) * kRowUnits + unit];
+#pragma unroll
+            for (int q = 0; q < kProducts; ++q) {
+              const uint4 low = x[2 * q][u];
+              const uint4 high = Tokens8 > 1 ? x[(2 * q + 1) % Tokens8][u] : make_uint4(0, 0, 0, 0);
+              mma_bf16(sums[j][q], {low.x, high.x, low.y, high.y}, b.x, b.y);
+              mma_bf16(sums[j][q], {low.z, high.z, low.w, high.w}, b.z, b.w);
+            }
           }
         }
-      }
-      refill(slot);
-      slot = slot + 1 == kStages ? 0 : slot + 1;
 #pragma unroll
-      for (int i = 0; i < Tokens8; ++i) {
-        x[i][0] = next_x[i][0];
-        x[i][1] = next_x[i][1];
+        for (int i = 0; i < Tokens8; ++i) {
+          x[i][0] = next_x[i][0];
+          x[i][1] = next_x[i][1];
+        }
       }
+      __syncwarp();  // all lanes have read the stage
+      refill(stage);
+      if (p.rolling) call_into_l2();
+      stage = stage + 1 == kStages ? 0 : stage + 1;
     }
 
-    group_barrier(group, p.k_warps);  // the partial sums of the tile before have been read
+    // Whoever writes here has passed the barrier of the tile before, hence all have read the sums of the one before
+    // that, which were here.
+    float* const mine = partials + warp * kPartial;
+    const float* const first = partials + group * p.k_warps * kPartial;  // of the group
+    partials += other_partials;
+    other_partials = -other_partials;
 #pragma unroll
     for (int q = 0; q < kProducts; ++q) {
 #pragma unroll
@@ -269,8 +301,9 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 // A rough time in us: only its order matters.
 double estimate(const SkinnyConfig& c, std::int64_t n, std::int64_t k, std::int64_t m, int num_sms) {
-  constexpr double kBytesPerUs = 3e6, kWarpQueue = 12 << 10, kEnoughPerSm = 32 << 10, kTileUs = 0.2, kXWeight = 0.3;
-  const auto tiles = ceil_div(n, 8 * c.strips), chunks = ceil_div(k, kChunk);
+  constexpr double kBytesPerUs = 3e6, kWarpQueue = kStages * kStageBytes, kEnoughPerSm = 32 << 10, kTileUs = 0.1,
+                   kXWeight = 0.3;
+  const auto tiles = ceil_div(n, 8 * c.strips), chunks = ceil_div(k, chunk_cols(c.strips));
   const std::int64_t blocks = std::int64_t{num_sms} * c.blocks_per_sm, groups = kWarps / c.k_warps;
   const auto tiles_of_block = ceil_div(tiles, blocks), tiles_of_group = ceil_div(tiles_of_block, groups);
   const double balance = static_cast<double>(tiles) / static_cast<double>(tiles_of_block * blocks);
@@ -292,14 +325,17 @@ bool is_valid(const SkinnyConfig& c) {
 bool skinny_supports(const GemmCall& c) {
   auto aligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
   return c.w.dtype == DType::BF16 && c.m >= 1 && c.m <= kSkinnyRows && c.w.k % 8 == 0 && c.ldx % 8 == 0 &&
-         aligned(c.x) && aligned(c.w.data) && c.w.n < (1 << 30);
+         aligned(c.x) && aligned(c.w.data) && c.w.n < (1 << 30) && c.w.k < (1 << 30) &&
+         c.w.n * (c.w.k / 8) < std::int64_t{1} << 32;
 }
 
 std::vector<SkinnyConfig> skinny_configs(std::int64_t n, std::int64_t k, std::int64_t m, int num_sms) {
   std::vector<SkinnyConfig> all;
   for (const int strips : {1, 2, 4}) {
     for (const int k_warps : {1, 2, 4, 8}) {
-      for (const int blocks : {1, 2}) all.push_back({strips, k_warps, blocks});
+      for (const int blocks : {1, 2}) {
+        for (const bool rolling : {false, true}) all.push_back({strips, k_warps, blocks, rolling});
+      }
     }
   }
   std::stable_sort(all.begin(), all.end(), [&](const SkinnyConfig& a, const SkinnyConfig& b) {
@@ -330,10 +366,11 @@ void skinny_gemm(const GemmCall& c, std::optional<Activation> gated, const Skinn
   p.n = static_cast<int>(c.w.n);
   p.m = static_cast<int>(c.m);
   p.tiles = static_cast<int>(gated ? ceil_div(c.w.n / 2, 4 * config.strips) : ceil_div(c.w.n, 8 * config.strips));
-  p.chunks = static_cast<int>(ceil_div(c.w.k, kChunk));
+  p.chunks = static_cast<int>(ceil_div(c.w.k, chunk_cols(config.strips)));
   p.k_warps = config.k_warps;
-  const int block_rows = kWarps / config.k_warps * 8 * config.strips;
-  p.prefetched = prefetch_bytes / config.blocks_per_sm / (2 * block_rows) / 8 * 8;
+  p.ahead = (config.rolling ? std::min(prefetch_bytes, kSkinnyWindow) : prefetch_bytes) / config.blocks_per_sm /
+            (kWarps * kStageBytes);
+  p.rolling = config.rolling;
   p.gated = gated ? static_cast<int>(*gated) : kNotGated;
   p.out_f32 = c.out_dtype == DType::F32;
   p.accumulate = c.accumulate;

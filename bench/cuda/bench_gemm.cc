@@ -2,11 +2,11 @@
 //
 //   --benchmark_filter='^Gemm/'           as the engine computes them: tuned, own kernels included
 //   --benchmark_filter='^GemmFirst/'      cuBLASLt's first proposal
-//   --benchmark_filter='^GemmGated/'      gate and up with the activation: fused, or in two kernels where that is
-//   faster
-//   --benchmark_filter='^GemmSkinny/'     each configuration of the own kernels: strips, k_warps, blocks_per_sm
-//   --benchmark_filter='^GemmAfterNorm/'  a norm and the own kernel that waits for it: alone, then calling weights into
-//   L2
+//   --benchmark_filter='^GemmGated/'      gate and up with the activation: fused, or in two kernels if that is faster
+//   --benchmark_filter='^GemmSkinny/'     configurations of the own kernels: s<strips>w<k_warps>b<blocks_per_sm>, and
+//                                         r<1: weights are called into L2 all along, 0: at the start>
+//   --benchmark_filter='^GemmAfterNorm/'  a norm and the own kernel that waits for it: alone, then calling weights
+//                                         into L2
 #include <algorithm>
 #include <cstdint>
 #include <functional>
@@ -152,16 +152,13 @@ struct OwnKernels {
   std::vector<cuda::SkinnyConfig> configs;
 };
 
-void skinny(benchmark::State& state, const Shape& s, std::int64_t m, std::size_t choice) {
+void skinny(benchmark::State& state, const Shape& s, std::int64_t m, const cuda::SkinnyConfig& config) {
   guarded(state, [&] {
     const Operands o(s, m);
     const OwnKernels own(s, m);
-    const auto config = own.configs.at(choice);
     measure(state, o.work, o.calls(), [&](int i, cudaStream_t stream) {
       cuda::skinny_gemm(o.turn(i), std::nullopt, config, own.num_sms, stream);
     });
-    state.SetLabel(std::to_string(config.strips) + " " + std::to_string(config.k_warps) + " " +
-                   std::to_string(config.blocks_per_sm));
   });
 }
 
@@ -188,8 +185,14 @@ void add(const std::string& name, std::function<void(benchmark::State&)> body) {
   gpu_benchmark(benchmark::RegisterBenchmark(name.c_str(), std::move(body)));
 }
 
+void add_config(const Shape& s, std::int64_t m, const cuda::SkinnyConfig& c) {
+  const std::string config = "s" + std::to_string(c.strips) + "w" + std::to_string(c.k_warps) + "b" +
+                             std::to_string(c.blocks_per_sm) + "r" + std::to_string(static_cast<int>(c.rolling));
+  add(std::string("GemmSkinny/") + s.name + "/" + std::to_string(m) + "/" + config,
+      [&s, m, c](benchmark::State& state) { skinny(state, s, m, c); });
+}
+
 void add_shape(const Shape& s, const std::vector<std::int64_t>& ms) {
-  constexpr std::size_t kConfigs = 24;
   const bool is_head = s.out == DType::F32 && !s.accumulate, is_gate_up = std::string(s.name).ends_with("gate_up");
   for (const std::int64_t m : ms) {
     if (is_head && m > 512) continue;  // no step has so many rows that sample
@@ -202,9 +205,12 @@ void add_shape(const Shape& s, const std::vector<std::int64_t>& ms) {
       add("GemmAfterNorm" + which + "/" + std::to_string(bytes),
           [&s, m, bytes](benchmark::State& state) { after_norm(state, s, m, bytes); });
     }
-    for (std::size_t choice = 0; choice < kConfigs; ++choice) {
-      add("GemmSkinny" + which + "/" + std::to_string(choice),
-          [&s, m, choice](benchmark::State& state) { skinny(state, s, m, choice); });
+    for (const int strips : {1, 2, 4}) {
+      for (const int k_warps : {2, 4, 8}) {
+        for (const int blocks : {1, 2}) {
+          for (const bool rolling : {false, true}) add_config(s, m, {strips, k_warps, blocks, rolling});
+        }
+      }
     }
   }
 }

@@ -192,7 +192,7 @@ class GemmTest : public CudaTest {
 
 std::string name(const SkinnyConfig& c) {
   return "skinny strips " + std::to_string(c.strips) + ", k_warps " + std::to_string(c.k_warps) + ", blocks " +
-         std::to_string(c.blocks_per_sm);
+         std::to_string(c.blocks_per_sm) + (c.rolling ? ", rolling" : "");
 }
 
 TEST_F(GemmTest, every_skinny_kernel_computes_every_number_of_rows) {
@@ -356,7 +356,7 @@ TEST_F(GemmTest, products_can_be_captured) {
 TEST(GemmTableTest, keeps_its_entries_and_rejects_damage) {
   GemmTable table;
   const GemmShape shape{4096, 1024, DType::BF16, DType::F32, true};
-  table.add(shape, 16, {.lt_us = 12.5f, .algo = {{1, 2, 3, 4, 5, 6, 7, ~0ull}}, .own_us = 9, .own = {4, 8, 1}});
+  table.add(shape, 16, {.lt_us = 12.5f, .algo = {{1, 2, 3, 4, 5, 6, 7, ~0ull}}, .own_us = 9, .own = {4, 8, 1, true}});
   table.add(shape, 64, {.lt_us = 20});
   const std::string text = table.format("title");
   const GemmTable again = GemmTable::parse(text, "title");
