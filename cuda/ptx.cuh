@@ -67,6 +67,11 @@ __device__ __forceinline__ void prefetch_l2(const void* global, std::uint32_t by
 #endif
 }
 
+// Asks for the line of a constant into L1.
+__device__ __forceinline__ void prefetch_l1(const void* global) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -23,7 +23,7 @@
 namespace fastllm::cuda {
 namespace {
 
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = 128;
 constexpr int kMaxHeadDim = 256;
 
 struct Geometry {
@@ -39,7 +39,7 @@ __device__ __forceinline__ float group_sum(float x, int lanes) {
 
 // kCouples: couples of vectors per lane.
 template <class T, class Kv, int N, int kCouples>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 8)
     rope_kv_kernel(const RopeKvCall c, const StepView step, const Geometry g) {
   const std::int64_t token = blockIdx.x / g.pieces;
   const int lane = static_cast<int>(threadIdx.x) % g.lanes;
@@ -62,11 +62,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   const auto has = [&](int offset) { return active && offset < c.head_dim; };
 
   pdl_launch();
-  float w[kCouples][2][N];
+  if (weight != nullptr) {  // read when registers are free; L1 has them by then
 #pragma unroll
-  for (int u = 0; u < kCouples; ++u) {
-    if (weight != nullptr && has(couple(u).first)) load(w[u][0], weight + couple(u).first);
-    if (weight != nullptr && has(couple(u).second)) load(w[u][1], weight + couple(u).second);
+    for (int u = 0; u < kCouples; ++u) {
+      if (has(couple(u).first)) prefetch_l1(weight + couple(u).first);
+      if (has(couple(u).second)) prefetch_l1(weight + couple(u).second);
+    }
   }
   pdl_wait();
 
@@ -113,15 +114,16 @@ __global__ void __launch_bounds__(kMaxThreads)
       }
     }
     const float scale = rsqrtf(group_sum(square, g.lanes) / n + spec.eps);
-    if (weight != nullptr) {
+    const auto apply = [&](float (&v)[N], int offset) {
+      float w[N];
+      load(w, weight + offset);
 #pragma unroll
-      for (int u = 0; u < kCouples; ++u) {
+      for (int i = 0; i < N; ++i) v[i] = (v[i] - shift) * scale * w[i];
+    };
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          x[u][0][i] = (x[u][0][i] - shift) * scale * w[u][0][i];
-          x[u][1][i] = (x[u][1][i] - shift) * scale * w[u][1][i];
-        }
-      }
+    for (int u = 0; u < kCouples; ++u) {
+      if (weight != nullptr && has(couple(u).first)) apply(x[u][0], couple(u).first);
+      if (weight != nullptr && has(couple(u).second)) apply(x[u][1], couple(u).second);
     }
   }
 
