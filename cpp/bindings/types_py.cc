@@ -123,6 +123,7 @@ void bind_types(py::module_& m) {
       .def_readonly("num_swapped", &EngineStats::num_swapped)
       .def_readonly("total_blocks", &EngineStats::total_blocks)
       .def_readonly("used_blocks", &EngineStats::used_blocks)
+      .def_readonly("peak_used_blocks", &EngineStats::peak_used_blocks)
       .def_readonly("cached_blocks", &EngineStats::cached_blocks)
       .def_readonly("num_steps", &EngineStats::num_steps)
       .def_readonly("prompt_tokens", &EngineStats::prompt_tokens)

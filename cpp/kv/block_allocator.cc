@@ -38,6 +38,7 @@ BlockId BlockAllocator::alloc() {
   next_unused_ = std::max(next_unused_, node + 1);
   unlink(node);
   nodes_[node].refs = 1;
+  peak_used_ = std::max(peak_used_, num_used());
   return BlockId{static_cast<std::int32_t>(node)};
 }
 
@@ -46,6 +47,7 @@ void BlockAllocator::ref(BlockId block) {
   if (nodes_[node].refs == 0) {
     assert(nodes_[node].list == List::Cached);
     unlink(node);
+    peak_used_ = std::max(peak_used_, num_used());
   }
   ++nodes_[node].refs;
 }

@@ -41,6 +41,9 @@ class BlockAllocator {
   std::int64_t num_cached() const { return num_cached_; }
   std::int64_t num_used() const { return num_usable() - num_free(); }
   std::int64_t num_reserved() const { return num_reserved_; }
+  // The largest num_used() since the start or the last restart_peak().
+  std::int64_t peak_used() const { return peak_used_; }
+  void restart_peak() { peak_used_ = num_used(); }
 
  private:
   enum class List : std::uint8_t { None, Blank, Cached };
@@ -60,6 +63,7 @@ class BlockAllocator {
   std::int64_t resident_;
   std::size_t next_unused_;  // blocks from here on were never handed out
   std::int64_t num_blank_ = 0, num_cached_ = 0;
+  std::int64_t peak_used_ = 0;
 };
 
 }  // namespace fastllm

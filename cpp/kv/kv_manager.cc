@@ -129,10 +129,12 @@ void KvManager::reset_cache() {
     cache_.forget(block);
     device_.make_blank(block);
   }
+  device_.restart_peak();
 }
 
 KvSnapshot KvManager::snapshot() const {
-  return {device_.num_usable(), device_.num_used(), device_.num_cached(), host_.num_usable(), host_.num_used()};
+  return {device_.num_usable(), device_.num_used(), device_.num_cached(),
+          host_.num_usable(),   host_.num_used(),   device_.peak_used()};
 }
 
 }  // namespace fastllm

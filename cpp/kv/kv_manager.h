@@ -40,6 +40,7 @@ struct KvSnapshot {
   std::int64_t used = 0;    // referenced
   std::int64_t cached = 0;  // unreferenced but matchable
   std::int64_t host_total = 0, host_used = 0;
+  std::int64_t peak_used = 0;  // since the start or the last reset_cache()
 };
 
 struct KvConfig {
@@ -80,7 +81,7 @@ class KvManager {
   bool swap_out(BlockTable& table, std::vector<BlockCopy>& copies);
   bool swap_in(BlockTable& table, std::vector<BlockCopy>& copies);
 
-  // Forgets every block that no sequence references.
+  // Forgets every block that no sequence references, and the peak of used blocks.
   void reset_cache();
 
   KvSnapshot snapshot() const;

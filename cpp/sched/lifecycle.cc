@@ -306,6 +306,7 @@ void Scheduler::fill_stats(EngineStats& stats) const {
   stats.num_waiting = static_cast<int>(num_live_seqs_ - num_swapped_) - stats.num_running;
   stats.total_blocks = kv.total;
   stats.used_blocks = kv.used;
+  stats.peak_used_blocks = kv.peak_used;
   stats.cached_blocks = kv.cached;
   stats.num_steps = static_cast<std::int64_t>(next_plan_) - 1;
   stats.prompt_tokens = prompt_tokens_;

@@ -107,6 +107,7 @@ class EngineStats:
     num_swapped: int
     total_blocks: int
     used_blocks: int
+    peak_used_blocks: int  # since the start or the last reset_prefix_cache()
     cached_blocks: int
     num_steps: int
     prompt_tokens: int

@@ -52,7 +52,7 @@ class FASTLLM_API Engine {
   // The configuration in force: zeros replaced by what was chosen.
   const EngineConfig& config() const;
   const ModelSpec& spec() const;
-  // Forgets every unreferenced cached block.
+  // Forgets every unreferenced cached block, and the peak of used blocks.
   void reset_prefix_cache();
 
   // Refuses new requests; returns true when all accepted ones finished within `timeout`.

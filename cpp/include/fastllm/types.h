@@ -139,8 +139,9 @@ struct EngineStats {
   int num_waiting = 0;
   int num_swapped = 0;
   std::int64_t total_blocks = 0;
-  std::int64_t used_blocks = 0;    // referenced by a sequence
-  std::int64_t cached_blocks = 0;  // unreferenced but matchable
+  std::int64_t used_blocks = 0;       // referenced by a sequence
+  std::int64_t peak_used_blocks = 0;  // most used at once since the start or the last reset_prefix_cache()
+  std::int64_t cached_blocks = 0;     // unreferenced but matchable
   std::int64_t num_steps = 0;
   std::int64_t prompt_tokens = 0;  // computed, cache hits not counted
   std::int64_t generated_tokens = 0;

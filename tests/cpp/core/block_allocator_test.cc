@@ -17,6 +17,20 @@ TEST(BlockAllocator, NeverHandsOutTheReservedBlock) {
   EXPECT_EQ(pool.num_used(), 4);
 }
 
+TEST(BlockAllocator, RemembersTheMostBlocksThatWereInUseAtOnce) {
+  BlockAllocator pool(6, 1);
+  const BlockId a = pool.alloc(), b = pool.alloc();
+  pool.unref(a, true);
+  pool.make_blank(a);
+  EXPECT_EQ(pool.peak_used(), 2);
+  pool.unref(b, true);
+  pool.restart_peak();
+  EXPECT_EQ(pool.peak_used(), 0);
+  pool.ref(b);
+  pool.ref(b);
+  EXPECT_EQ(pool.peak_used(), 1) << "a cached block comes back into use once";
+}
+
 TEST(BlockAllocator, ReusesTheMostRecentlyFreedBlankBeforeAnUntouchedOne) {
   BlockAllocator pool(6, 1);
   const BlockId a = pool.alloc(), b = pool.alloc();
