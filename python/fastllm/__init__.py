@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from fastllm._core import __version__ as __version__
     from fastllm.async_llm import AsyncLLM as AsyncLLM
     from fastllm.async_llm import AsyncLLMEngine as AsyncLLMEngine
+    from fastllm.beam import BeamSearchOutput as BeamSearchOutput
+    from fastllm.beam import BeamSearchParams as BeamSearchParams
+    from fastllm.beam import BeamSearchSequence as BeamSearchSequence
     from fastllm.engine_args import AsyncEngineArgs as AsyncEngineArgs
     from fastllm.engine_args import EngineArgs as EngineArgs
     from fastllm.llm import LLM as LLM
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "LLM": "llm",
     "SamplingParams": "sampling",
+    "BeamSearchParams": "beam",
+    "BeamSearchOutput": "beam",
+    "BeamSearchSequence": "beam",
     "RequestOutputKind": "sampling",
     "EngineArgs": "engine_args",
     "AsyncEngineArgs": "engine_args",

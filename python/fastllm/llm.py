@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastllm import _core
+from fastllm import _core, beam
+from fastllm.beam import BeamSearchOutput, BeamSearchParams
 from fastllm.client import EngineClient
 from fastllm.engine_args import EngineArgs
 from fastllm.output_processor import RequestState
-from fastllm.outputs import RequestOutput
+from fastllm.outputs import RequestOutput, TokensPrompt
 from fastllm.progress import Progress
 from fastllm.sampling import RequestOutputKind, SamplingParams
 from fastllm.tokenizer import Tokenizer
@@ -116,8 +117,37 @@ class LLM:
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def beam_search(self, prompts: Any, params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The params.beam_width best sequences of each prompt, in the order of the prompts.
+
+        prompts: as in generate(). It looks at 2 * beam_width next tokens of each beam, which max_logprobs must allow.
+        Raises ValueError for bad prompts or parameters before anything runs, and RequestError if the engine fails.
+
+        >>> output = LLM("null").beam_search("Hello", BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True))[0]
+        >>> [len(s.tokens) for s in output.sequences]
+        [8, 8]
+        """
+        config = self._client.model_config
+        allowed = self.engine_config.max_logprobs
+        candidates = min(2 * params.beam_width, config.vocab_size)
+        if candidates > allowed:
+            raise ValueError(
+                f"beam_width={params.beam_width} needs the log-probabilities of {candidates} tokens, but max_logprobs "
+                f"is {allowed}: load the model with max_logprobs={candidates} or more, or with -1 for all."
+            )
+        prepared = [self._client.prepare(prompt, SamplingParams()) for prompt in _as_batch(prompts)]
+        return beam.beam_search(
+            lambda batch, step: self.generate(batch, step, use_tqdm=False),
+            [TokensPrompt(prompt_token_ids=p.token_ids, cache_salt=p.cache_salt) for p in prepared],
+            params,
+            tokenizer=self._client.tokenizer,
+            eos_token_ids=config.eos_token_ids,
+            max_model_len=config.max_model_len,
+            num_candidates=candidates,
+        )
+
     def reset_prefix_cache(self) -> None:
-        """Forgets every cached block that no request uses."""
+        """Forgets every cached block that no request uses, and the peak of used blocks."""
         self._client.core.reset_prefix_cache()
 
     def stats(self) -> _core.EngineStats:
