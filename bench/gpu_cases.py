@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """What the paged KV cache is for, measured: a shared system prompt, blocks that are nearly full, and parallel samples
-that share their prompt.
+and beams that share what they have in common.
 
 python bench/gpu_cases.py --shape llama3-8b --json cases.json
 """
@@ -35,7 +35,7 @@ class Cases:
         self.vocab = self.engine.model_config.vocab_size
         self.block_size = self.engine.engine_config.block_size
         self._random = random.Random(0)
-        self._next_id = 0
+        self._last_id = 0
 
     def prefix_caching(self) -> dict[str, Any]:
         """A system prompt of one sentence repeated 50 times, three questions ten times each, 100 tokens per answer."""
@@ -73,14 +73,56 @@ class Cases:
         return {"median": statistics.median(shares), "least": min(shares), "samples": len(shares), "requests": count}
 
     def shared_samples(self) -> dict[str, Any]:
-        """Most KV blocks in use: eight samples of one prompt of 1,024 tokens, against eight requests of their own."""
-        prompt = self._ids(1024)
-        self._add(prompt, 64, n=8, temperature=1.0, salt="shared")
-        shared = self._peak_blocks()
-        for i in range(8):
-            self._add(prompt, 64, temperature=1.0, salt=f"own {i}")
-        own = self._peak_blocks()
+        """Most KV blocks in use: eight samples of one prompt of 512 tokens, 64 tokens each."""
+        prompt = self._ids(512)
+        self._restart_peak()
+        self._add(prompt, 64, n=8, temperature=1.0)
+        self._finish()
+        return self._against_unshared(prompt, 64, 8)
+
+    def beam_search(self) -> dict[str, Any]:
+        """Most KV blocks in use: four beams of one prompt of 512 tokens, 64 tokens each."""
+        from fastllm import BeamSearchParams
+        from fastllm.beam import beam_search
+
+        prompt = self._ids(512)
+        self._restart_peak()
+        start = time.perf_counter()
+        beam_search(
+            self._generate,
+            [{"prompt_token_ids": prompt}],
+            BeamSearchParams(beam_width=4, max_tokens=64, ignore_eos=True),
+            tokenizer=self.engine.tokenizer,
+            eos_token_ids=[],
+            max_model_len=self.engine.engine_config.max_model_len,
+            num_candidates=8,
+        )
+        seconds = time.perf_counter() - start
+        return {**self._against_unshared(prompt, 64, 4), "ms_per_token": 1000 * seconds / 64}
+
+    def _against_unshared(self, prompt: list[int], num_output: int, count: int) -> dict[str, Any]:
+        """The peak since _restart_peak() beside that of as many requests that share nothing."""
+        shared = self.engine.stats().peak_used_blocks
+        self._restart_peak()
+        for i in range(count):
+            self._add(prompt, num_output, temperature=1.0, salt=f"own {i}")
+        self._finish()
+        own = self.engine.stats().peak_used_blocks
         return {"shared_blocks": shared, "own_blocks": own, "saved": 1 - shared / own}
+
+    def _generate(self, prompts: list[Any], params: Any) -> list[Any]:
+        ids = [str(self._new_id()) for _ in prompts]
+        for request_id, prompt in zip(ids, prompts, strict=True):
+            self.engine.add_request(request_id, prompt, params)
+        done = {output.request_id: output for output in self._finish()}
+        return [done[request_id] for request_id in ids]
+
+    def _restart_peak(self) -> None:
+        self.engine.reset_prefix_cache()
+
+    def _new_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
 
     @staticmethod
     def _tokens_of(output: Any) -> int:
@@ -95,16 +137,22 @@ class Cases:
         params = SamplingParams(
             n=n, temperature=temperature, max_tokens=max_tokens, ignore_eos=True, detokenize=False, seed=0
         )
-        self._next_id += 1
-        self.engine.add_request(str(self._next_id), {"prompt_token_ids": ids, "cache_salt": salt}, params)
+        self.engine.add_request(str(self._new_id()), {"prompt_token_ids": ids, "cache_salt": salt}, params)
 
     def _run(self, prompts: list[tuple[list[int], str]], max_tokens: int) -> None:
         for ids, salt in prompts:
             self._add(ids, max_tokens, salt=salt)
+        self._finish()
+
+    def _finish(self) -> list[Any]:
+        """Runs until nothing is left; the outputs of what finished."""
+        outputs = []
         while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                if output.outputs[0].finish_reason == "error":
-                    raise RuntimeError(str(output.outputs[0].stop_reason))
+            outputs += [output for output in self.engine.step() if output.finished]
+        for output in outputs:
+            if output.outputs[0].finish_reason == "error":
+                raise RuntimeError(str(output.outputs[0].stop_reason))
+        return outputs
 
     def _timed(self, prompts: list[tuple[list[int], str]], max_tokens: int, together: bool) -> float:
         start = time.perf_counter()
@@ -112,15 +160,8 @@ class Cases:
             self._run(batch, max_tokens)
         return time.perf_counter() - start
 
-    def _peak_blocks(self) -> int:
-        peak = 0
-        while self.engine.has_unfinished_requests():
-            self.engine.step()
-            peak = max(peak, self.engine.stats().used_blocks)
-        return peak
 
-
-CASES = ("prefix_caching", "kv_utilisation", "shared_samples")
+CASES = ("prefix_caching", "kv_utilisation", "shared_samples", "beam_search")
 
 
 def main() -> None:

@@ -50,6 +50,7 @@ def test_cases_of_the_kv_cache_share_what_they_should(tmp_path: Path) -> None:
     assert result["prefix_caching"]["one after the other"]["hit_rate"] > 0.9
     assert 0.9 < result["kv_utilisation"]["median"] <= 1
     assert result["shared_samples"]["saved"] > 0.7
+    assert result["beam_search"]["saved"] >= 0.55
 
 
 def test_report_goes_on_after_a_failing_part(tmp_path: Path) -> None:
