@@ -73,6 +73,8 @@ constexpr Shape kShapes[] = {
     {"window1024_1x32768", 1, 32768, 0, 32, 8, 128, DType::BF16, 0, 1024},
     {"window1024_64x8192", 64, 8192, 0, 32, 8, 128, DType::BF16, 0, 1024},
     {"in_order_64x8192", 64, 8192, 0, 32, 8, 128, DType::BF16, 0, 0, true},
+    {"in_order_mqa_8_64x32768", 64, 32768, 0, 8, 1, 128, DType::BF16, 0, 0, true},
+    {"mqa_8_64x32768", 64, 32768, 0, 8, 1},
 };
 constexpr Shape kGenericShapes[] = {
     {"8x512", 8, 512},

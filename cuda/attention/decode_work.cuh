@@ -102,14 +102,17 @@ class WorkList {
     asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
   }
+  // Of rows [begin, begin + n) all, or the tiles before 32 of them, evenly apart.
   static __device__ Rows load_rows(const Params& p, int begin, int n) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int i = static_cast<int>(threadIdx.x) % 32 * ceil_div(n, 32);
     Rows r{INT_MAX, {}};
-    if (lane < n) {
-      r.before = load_volatile(p.prefix + begin + lane);
-      asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(r.row.token_begin), "=r"(r.row.num_tokens), "=r"(r.row.first_pos), "=r"(r.row.slot)
-                   : "l"(p.rows + begin + lane));
+    if (i < n) {
+      r.before = load_volatile(p.prefix + begin + i);
+      if (n <= 32) {
+        asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r.row.token_begin), "=r"(r.row.num_tokens), "=r"(r.row.first_pos), "=r"(r.row.slot)
+                     : "l"(p.rows + begin + i));
+      }
     }
     return r;
   }
@@ -128,17 +131,15 @@ class WorkList {
 
   // The row that holds tile `tile` of kv head 0; returns the tiles before it. 32-ary search.
   static __device__ int find_row(const Params& p, int tile, Rows rows, DeviceRow& row) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
     int begin = 0, n = p.num_rows;
+    const auto last = [&] { return __popc(__ballot_sync(0xffffffffu, rows.before <= tile)) - 1; };
     while (n > 32) {
-      const int step = ceil_div(n, 32), i = lane * step;
-      const bool before = i < n && p.prefix[begin + i] <= tile;
-      const int skip = (__popc(__ballot_sync(0xffffffffu, before)) - 1) * step;
+      const int step = ceil_div(n, 32), skip = last() * step;
       begin += skip;
       n = min(step, n - skip);
+      rows = load_rows(p, begin, n);
     }
-    if (p.num_rows > 32) rows = load_rows(p, begin, n);
-    const int from = __popc(__ballot_sync(0xffffffffu, rows.before <= tile)) - 1;
+    const int from = last();
     row.token_begin = __shfl_sync(0xffffffffu, rows.row.token_begin, from);
     row.num_tokens = 1;
     row.first_pos = __shfl_sync(0xffffffffu, rows.row.first_pos, from);
