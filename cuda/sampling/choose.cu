@@ -1,10 +1,10 @@
-// One block per row ends what scan and collect began: the best of the row's parts, or the row's list sorted, cut and
+// One block per row ends what the other stages began: the best of the row's parts, or the row's list sorted, cut and
 // drawn from. The token goes to all who want it.
 //
 //   sort(list); keep the first k and what equals the k-th; keep the fewest whose mass reaches p; argmax of score
 //
 // Cost: kMaxParts * 8 bytes per row, for listed rows up to kListCapacity * 8; sorting n log^2 n / 4 exchanges in shared
-// memory. Rows whose list does not hold the cut are read up to eight times (exact_cut.cuh).
+// memory. Rows whose list overflowed are read up to eight times (exact_cut.cuh).
 // Benchmark: fastllm_bench_cuda --benchmark_filter=Sample
 #include "launch.cuh"
 #include "sampling/draw.cuh"
@@ -24,8 +24,8 @@ struct SharedState {
     Ranked list[kListCapacity];
     RadixScratch radix;
   };
+  DrawScratch<kThreads> draw;
   Ranked of_warps[kWarps];
-  std::uint32_t running;
   int num_kept, last;
 };
 
@@ -37,9 +37,6 @@ __device__ __forceinline__ void commit(const SampleCall& call, int vocab, int r,
   if (row.penalised != 0 && call.counts != nullptr) ++call.counts[static_cast<std::int64_t>(row.slot) * vocab + id];
 }
 
-// A draw is of no use when nothing took part or the maximum is not finite: then the greatest logit is taken.
-__device__ __forceinline__ bool is_draw(Ranked winner) { return winner != 0 && isfinite(value_of_key(key_of(winner))); }
-
 // 0 where all logits are -infinity or NaN.
 __device__ __forceinline__ int token_of(Ranked winner) { return winner == 0 ? 0 : id_of(winner); }
 
@@ -50,11 +47,13 @@ __device__ __forceinline__ int token_of_parts(const SampleStages& s, int r, bool
   const int thread = static_cast<int>(threadIdx.x);
   const Ranked mine = thread < s.parts ? s.best[static_cast<std::int64_t>(r) * s.parts + thread] : 0;
   Ranked best = block_max<kBlock>(mine, of_warps);
-  if (drawn && !is_draw(best)) {
+  // A draw is of no use when nothing took part, or when the greatest logit is not finite.
+  if (drawn && (best == 0 || !isfinite(value_of_key(key_of(best))))) {
     const RowPart part = part_of_row(row_of(s.logits, r), s.logits.vocab, 0, 1);
-    const Ranked greatest = argmax_of_part<kBlock>(part);
+    const Ranked of_thread = argmax_of_part<kBlock>(part);
     __syncthreads();
-    best = block_max<kBlock>(greatest, of_warps);
+    const Ranked greatest = block_max<kBlock>(of_thread, of_warps);
+    if (best == 0 || !isfinite(value_of_key(key_of(greatest)))) best = greatest;
   }
   return token_of(best);
 }
@@ -73,13 +72,38 @@ __device__ __forceinline__ void sort(Ranked* list, int n) {
   }
 }
 
+// How many of the first n sorted tokens it takes until their masses, with `before` of greater ones, reach what `target`
+// says of the sum of the n; -1 when they do not.
+template <class Target>
+__device__ int num_reaching(SharedState& shared, int n, const Mass& mass, std::uint64_t before, Target target_of) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) shared.last = -1;
+  std::uint64_t masses[kEach], sum = 0, listed = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = thread * kEach + j;
+    masses[j] = i < n ? mass(value_of_key(key_of(shared.list[i]))) : 0;
+    sum += masses[j];
+  }
+  before += block_sum_before<kThreads>(sum, shared.of_warps, &listed);
+  const double target = target_of(listed);
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const bool short_of = static_cast<double>(before) < target;
+    before += masses[j];
+    if (short_of && static_cast<double>(before) >= target) shared.last = thread * kEach + j;
+  }
+  __syncthreads();
+  return shared.last >= 0 ? shared.last + 1 : -1;
+}
+
 // How many of the n sorted tokens of the list pass top_k and top_p; -1 when that depends on tokens not listed.
 __device__ int num_passing(SharedState& shared, const DeviceSampleRow& row, int vocab, int n, bool all_listed,
-                           float max, std::uint64_t mass_kept) {
+                           const Mass& mass, std::uint64_t mass_kept) {
   const int thread = static_cast<int>(threadIdx.x);
   const bool by_k = by_top_k(row, vocab);
   if (by_k && n < row.top_k && !all_listed) return -1;
-  if (thread == 0) shared.num_kept = n, shared.last = -1;
+  if (thread == 0) shared.num_kept = n;
   __syncthreads();
   if (by_k && n >= row.top_k) {
     const std::uint32_t kth = key_of(shared.list[row.top_k - 1]);
@@ -89,25 +113,9 @@ __device__ int num_passing(SharedState& shared, const DeviceSampleRow& row, int 
   __syncthreads();
   const int num_kept = shared.num_kept;
   if (!(row.top_p < 1.0f)) return num_kept;
-
-  const Mass mass{max, 1.0f / row.temperature};
-  std::uint64_t masses[kEach], sum = 0, listed = 0;
-#pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    const int i = thread * kEach + j;
-    masses[j] = i < num_kept ? mass(value_of_key(key_of(shared.list[i]))) : 0;
-    sum += masses[j];
-  }
-  std::uint64_t before = block_sum_before<kThreads>(sum, shared.of_warps, &listed);
-  const double target = fmax(static_cast<double>(row.top_p) * static_cast<double>(by_k ? listed : mass_kept), 1.0);
-#pragma unroll
-  for (int j = 0; j < kEach; ++j) {
-    const bool short_of = static_cast<double>(before) < target;
-    before += masses[j];
-    if (short_of && static_cast<double>(before) >= target) shared.last = thread * kEach + j;
-  }
-  __syncthreads();
-  return shared.last >= 0 ? shared.last + 1 : by_k || all_listed ? num_kept : -1;
+  const int reaching = num_reaching(shared, num_kept, mass, 0,
+                                    [&](std::uint64_t listed) { return top_p_target(row, by_k ? listed : mass_kept); });
+  return reaching >= 0 ? reaching : by_k || all_listed ? num_kept : -1;
 }
 
 // The winner among tokens that pass the row's filters, or its greatest logit.
@@ -118,38 +126,44 @@ __device__ int token_of_listed(const SampleStages& s, SharedState& shared, const
   const float max = value_of_key(key_of(top));
   if (top == 0 || !isfinite(max)) return token_of(top);
 
-  const std::uint32_t num_listed = s.listed[r];
-  const int n = num_listed <= kListCapacity ? static_cast<int>(num_listed) : 0;
+  const bool edge_only = s.edge[r] >= 0;
+  const std::uint32_t num_listed = edge_only ? s.edge_listed[r] : s.listed[r];
+  const Mass mass{max, 1.0f / row.temperature};
   int passing = -1;
   if (num_listed <= kListCapacity) {
+    const auto n = static_cast<int>(num_listed);
     int padded = 1;
     while (padded < n) padded *= 2;
     const Ranked* listed = s.list + static_cast<std::int64_t>(r) * kListCapacity;
     for (int i = thread; i < padded; i += kThreads) shared.list[i] = i < n ? listed[i] : 0;
     __syncthreads();
     sort(shared.list, padded);
-    passing = num_passing(shared, row, vocab, n, s.list_key[r] <= min_p_key(row, max), max, s.mass[r]);
+    if (edge_only) {
+      const double target = top_p_target(row, s.mass[r]);
+      passing = num_reaching(shared, n, mass, s.above[r], [&](std::uint64_t) { return target; });
+    } else {
+      passing = num_passing(shared, row, vocab, n, s.list_key[r] <= min_p_key(row, max), mass, s.mass[r]);
+    }
   }
   Ranked best = 0;
   if (passing >= 0) {
     const Noise noise(row);
-    const float inv_temperature = 1.0f / row.temperature;
     for (int i = thread; i < passing; i += kThreads) {
       const Ranked entry = shared.list[i];
-      const float score = __fmul_rn(value_of_key(key_of(entry)), inv_temperature) + Noise::of(noise.word(id_of(entry)));
-      const Ranked scored = ranked(score, id_of(entry));
+      const float scaled = __fmul_rn(value_of_key(key_of(entry)), mass.inv_temperature);
+      const Ranked scored = ranked(__fadd_rn(scaled, Noise::of(noise.word(id_of(entry)))), id_of(entry));
       best = scored > best ? scored : best;
     }
+    if (edge_only && thread < s.parts) best = ::max(best, s.draw[static_cast<std::int64_t>(r) * s.parts + thread]);
   } else {
     const RowPart part = part_of_row(row_of(s.logits, r), vocab, 0, 1);
-    if (thread == 0) shared.running = order_key(-INFINITY);
     __syncthreads();
     const Cut cut = exact_cut<kThreads>(part, row, max, s.mass[r], shared.radix, shared.of_warps);
-    best = draw_from_part<kThreads>(part, row, cut, &shared.running);
+    best = draw_from_part<kThreads>(part, row, cut.floor, some_score(row, max), cut, shared.draw);
   }
   __syncthreads();
   best = block_max<kThreads>(best, shared.of_warps);
-  return token_of(is_draw(best) ? best : top);
+  return token_of(best != 0 ? best : top);
 }
 
 __global__ void __launch_bounds__(kThreads, 2) choose_tokens(SampleStages s, SampleCall call) {
@@ -167,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 2) choose_tokens(SampleStages s, Sam
     const std::int64_t at = static_cast<std::int64_t>(r) * s.parts + thread;
     const Ranked drawn = block_max<kThreads>(thread < s.parts ? s.draw[at] : 0, shared.of_warps);
     __syncthreads();
-    id = is_draw(drawn) ? id_of(drawn) : token_of_parts<kThreads>(s, r, false, shared.of_warps);
+    id = drawn != 0 ? id_of(drawn) : token_of_parts<kThreads>(s, r, false, shared.of_warps);
   } else {
     id = token_of_parts<kThreads>(s, r, kind == RowKind::Unfiltered, shared.of_warps);
   }

@@ -1,19 +1,19 @@
 // The cut of top_k and top_p for any row, by one block and without a list: radix selection, 11 bits of the key at a
 // time, on histograms of counts or masses in shared memory. Three passes over the row for each of the two, one more
-// where only some of equal logits are kept. For rows so flat that their nucleus has thousands of tokens.
+// where only some of equal logits are kept. For lists that overflow: thousands of equal logits, or a top_k of many
+// hundreds.
 #pragma once
 
 #include <cstdint>
 
 #include "sampling/draw.cuh"
 #include "sampling/row_filter.cuh"
+#include "sampling/shared_sum.cuh"
 
 namespace fastllm::cuda {
 
-inline constexpr int kBins = 2048;
-
 struct RadixScratch {
-  std::uint32_t low[kBins], high[kBins];  // 64-bit sums in halves: shared memory adds 32 bits at a time natively
+  SharedSums<kBins> sums;
   std::uint64_t above, weight;
   int bin;
 };
@@ -39,18 +39,13 @@ __device__ Selected radix_select(const RowPart& row, std::uint32_t lowest, doubl
     const int shift = round == 0 ? 21 : round == 1 ? 10 : 0;
     const std::uint32_t digits = round == 2 ? 1023u : 2047u;
     __syncthreads();
-    for (int i = thread; i < kBins; i += kThreads) scratch.low[i] = scratch.high[i] = 0;
+    for (int i = thread; i < kBins; i += kThreads) scratch.sums.clear(i);
     if (thread == 0) scratch.bin = -1;
     __syncthreads();
     for_each_logit<kThreads>(row, [&](float x, int) {
       const std::uint32_t key = order_key(x);
       if (key < lowest || ((key ^ at.key) & decided) != 0) return;
-      const std::uint64_t weight = by_mass ? mass(x) : 1;
-      const auto low = static_cast<std::uint32_t>(weight);
-      const std::uint32_t bin = key >> shift & digits;
-      const std::uint32_t old = atomicAdd(&scratch.low[bin], low);
-      const std::uint32_t carry = static_cast<std::uint32_t>(weight >> 32) + (old + low < low ? 1u : 0u);
-      if (carry != 0) atomicAdd(&scratch.high[bin], carry);
+      scratch.sums.add(static_cast<int>(key >> shift & digits), by_mass ? mass(x) : 1);
     });
     __syncthreads();
     // Thread t has bins kBins - 1 - kEach t and below: greater keys come first.
@@ -58,7 +53,7 @@ __device__ Selected radix_select(const RowPart& row, std::uint32_t lowest, doubl
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int bin = kBins - 1 - kEach * thread - i;
-      weights[i] = static_cast<std::uint64_t>(scratch.high[bin]) << 32 | scratch.low[bin];
+      weights[i] = scratch.sums[bin];
       sum += weights[i];
     }
     std::uint64_t above = at.above + block_sum_before<kThreads>(sum, of_warps, &total);
@@ -126,8 +121,7 @@ __device__ Cut exact_cut(const RowPart& part, const DeviceSampleRow& row, float 
   }
   if (!(row.top_p < 1.0f)) return {value_of_key(lowest), 0x7fffffff};
 
-  // Nothing is short of a target of 0, and the greatest token stays in any case.
-  const double target = fmax(static_cast<double>(row.top_p) * static_cast<double>(mass_kept), 1.0);
+  const double target = top_p_target(row, mass_kept);
   const Selected last = radix_select<kThreads>(part, lowest, target, true, mass, scratch, of_warps);
   if (!last.found) return {value_of_key(lowest), 0x7fffffff};
   const float floor = value_of_key(last.key);

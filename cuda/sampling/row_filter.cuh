@@ -1,10 +1,11 @@
-// What a row's sampling parameters mean: which of its kinds it is, and the mass of a token.
+// What a row's sampling parameters mean: which of its kinds it is, the mass of a token, and bins for a histogram of it.
 #pragma once
 
 #include <cstdint>
 
 #include "sampling/order.cuh"
 #include "sampling/sampling.h"
+#include "sampling/stages.h"
 
 namespace fastllm::cuda {
 
@@ -36,6 +37,19 @@ struct Mass {
   __device__ __forceinline__ std::uint64_t operator()(float x) const {
     return __float2ull_rn(expf((x - max) * inv_temperature) * kMassUnit);
   }
+};
+
+// The mass of which top_p needs to keep as much; the greatest token stays in any case.
+__device__ __forceinline__ double top_p_target(const DeviceSampleRow& row, std::uint64_t mass) {
+  return fmax(static_cast<double>(row.top_p) * static_cast<double>(mass), 1.0);
+}
+
+// Intervals of logits, 0 at the maximum: one bin of a histogram each, the last one open.
+struct Bins {
+  float max, per_unit;
+
+  __device__ __forceinline__ float depth(float x) const { return __fmul_rn(__fsub_rn(max, x), per_unit); }
+  __device__ __forceinline__ int bin(float x) const { return ::min(::max(static_cast<int>(depth(x)), 0), kBins - 1); }
 };
 
 }  // namespace fastllm::cuda

@@ -34,9 +34,14 @@ void lay_out(Pieces& pieces, int rows, SampleStages& s) {
   s.draw = pieces.take<std::uint64_t>(max_row_parts(rows));
   s.list = pieces.take<std::uint64_t>(n * kListCapacity);
   s.mass = pieces.take<std::uint64_t>(n);
+  s.bins = pieces.take<std::uint64_t>(n * kBins);
+  s.above = pieces.take<std::uint64_t>(n);
   s.group = pieces.take<std::uint32_t>(n * kGroups);
   s.list_key = pieces.take<std::uint32_t>(n);
   s.listed = pieces.take<std::uint32_t>(n);
+  s.edge_listed = pieces.take<std::uint32_t>(n);
+  s.edge = pieces.take<std::int32_t>(n);
+  s.bins_per_unit = pieces.take<float>(n);
 }
 
 }  // namespace
@@ -57,7 +62,10 @@ void sample(const Logits& logits, const SampleCall& call, cudaStream_t stream) {
   Pieces pieces(call.workspace);
   lay_out(pieces, logits.rows, stages);
   scan(stages, call.all_greedy, stream);
-  if (call.any_filter && !call.all_greedy) collect(stages, stream);
+  if (call.any_filter && !call.all_greedy) {
+    collect(stages, stream);
+    nucleus(stages, stream);
+  }
   choose(stages, call, stream);
 }
 

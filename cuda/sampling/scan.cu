@@ -34,7 +34,7 @@ __device__ __forceinline__ void store_groups(const float (&most)[4], std::uint32
 template <bool kAllGreedy>
 __global__ void __launch_bounds__(kScanThreads, 4) scan_rows(SampleStages s) {
   __shared__ Ranked of_warps[kScanThreads / 32];
-  __shared__ std::uint32_t running;
+  __shared__ DrawScratch<kScanThreads> scratch;
   pdl_wait();
   pdl_launch();
   const int r = static_cast<int>(blockIdx.y), p = static_cast<int>(blockIdx.x);
@@ -46,9 +46,8 @@ __global__ void __launch_bounds__(kScanThreads, 4) scan_rows(SampleStages s) {
     const DeviceSampleRow row = s.rows[r];
     const RowKind kind = kind_of(row, s.logits.vocab);
     if (kind == RowKind::Unfiltered) {
-      if (threadIdx.x == 0) running = order_key(-INFINITY);
-      __syncthreads();
-      best = draw_from_part<kScanThreads>(part, row, no_cut(), &running);
+      const auto all = [](float, int) { return true; };
+      best = draw_from_part<kScanThreads>(part, row, -INFINITY, -INFINITY, all, scratch);
     } else if (kind == RowKind::Listed) {
       float most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
       float top = -INFINITY;
@@ -65,7 +64,12 @@ __global__ void __launch_bounds__(kScanThreads, 4) scan_rows(SampleStages s) {
       });
       if (top_id >= 0) best = ranked(top, top_id);
       store_groups(most, s.group + static_cast<std::int64_t>(r) * kGroups, p, s.parts);
-      if (p == 0 && threadIdx.x == 0) s.mass[r] = 0, s.listed[r] = 0;
+      if (p == 0 && threadIdx.x == 0) s.mass[r] = 0, s.listed[r] = 0, s.edge_listed[r] = 0;
+      if (!by_top_k(row, s.logits.vocab)) {
+        std::uint64_t* bins = s.bins + static_cast<std::int64_t>(r) * kBins;
+        for (int i = p * kScanThreads + static_cast<int>(threadIdx.x); i < kBins; i += s.parts * kScanThreads)
+          bins[i] = 0;
+      }
     } else {
       best = argmax_of_part<kScanThreads>(part);
     }
