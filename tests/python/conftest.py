@@ -13,6 +13,17 @@ import pytest
 
 from tiny_models import FAMILIES, save_tiny_model
 
+# fp32, small, the same limits on every device, and invariants checked after every step.
+ENGINE = {
+    "device": "cpu",
+    "dtype": "float32",
+    "num_gpu_blocks_override": 256,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 2048,
+    "check_invariants": True,
+    "cpu_threads": 2,
+}
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: minutes of work; runs when FASTLLM_SLOW_TESTS=1")
@@ -32,6 +43,27 @@ def seed() -> int:
     value = int(os.environ.get("FASTLLM_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"seed {value}; repeat with FASTLLM_TEST_SEED={value}")
     return value
+
+
+@pytest.fixture(scope="session")
+def gpu_count() -> int:
+    """How many GPUs the core can use; skips the test where it is none."""
+    from fastllm import _core
+    from fastllm.device import find_nvidia_libraries
+
+    find_nvidia_libraries()
+    count, why = _core.cuda_device_count()
+    if count == 0:
+        pytest.skip(f"no GPU can be used: {why}")
+    return count
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that a promise is made for; `pytest -k cuda` runs the GPU's tests only."""
+    if request.param == "cuda":
+        request.getfixturevalue("gpu_count")
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -65,14 +97,13 @@ def demo_gguf() -> str:
 
 @pytest.fixture
 def make_llm() -> Iterator[Callable[..., Any]]:
-    """LLM(...) that is shut down after the test; fp32, small, and with invariants checked after every step."""
+    """LLM(...) that is shut down after the test; see ENGINE."""
     from fastllm import LLM
 
     made: list[LLM] = []
 
     def make(model: str | Path, **args: Any) -> LLM:
-        defaults = {"dtype": "float32", "num_gpu_blocks_override": 256, "check_invariants": True, "cpu_threads": 2}
-        made.append(LLM(str(model), **{**defaults, **args}))
+        made.append(LLM(str(model), **{**ENGINE, **args}))
         return made[-1]
 
     yield make

@@ -1,4 +1,5 @@
-"""The same request gives the same tokens however it is scheduled: greedy and seeded sampling."""
+"""The same request gives the same tokens however it is scheduled, greedy or sampled with a seed, on every device; and
+the same log-probabilities, bit for bit, from a deterministic engine."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from conftest import ENGINE
 from fastllm import LLM, SamplingParams
 
 _BLOCK = 16  # tokens
@@ -41,43 +43,96 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "TP 2": {"tensor_parallel_size": 2},
     "TP 4": {"tensor_parallel_size": 4},
     "blocks of 32": {"block_size": 32, "num_gpu_blocks_override": 128},
+    "no graphs": {"enforce_eager": True},
 }
+# Other block sizes and ranks may round otherwise, and a deterministic engine has no graphs.
+_SAME_BITS = [name for name in ["batch of 32", *VARIANTS] if not name.startswith(("TP", "blocks", "no graphs"))]
 
 
-def token_ids(llm: LLM) -> list[list[int]]:
-    return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+Answers = list[tuple[list[int], list[list[tuple[int, float]]]]]
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_model: Callable[[str], Path]) -> tuple[Path, list[list[int]]]:
-    """The model and what each prompt gives when it has the engine for itself, without a cache."""
-    folder = tiny_model("llama4heads")
-    llm = LLM(str(folder), dtype="float32", num_gpu_blocks_override=256, enable_prefix_caching=False)
-    tokens = [
-        llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
-        for prompt, params in zip(PROMPTS, PARAMS, strict=True)
+def answers(llm: LLM, *, alone: bool = False, logprobs: int | None = None) -> Answers:
+    """Tokens of every prompt, and the best log-probabilities at each of them; alone: one prompt at a time."""
+    params = [p.clone() for p in PARAMS]
+    for one in params:
+        one.logprobs = logprobs
+    pairs = list(zip(PROMPTS, params, strict=True))
+    outputs = (
+        [llm.generate(prompt, one, use_tqdm=False)[0] for prompt, one in pairs]
+        if alone
+        else llm.generate(PROMPTS, params, use_tqdm=False)
+    )
+    samples = [output.outputs[0] for output in outputs]
+    return [
+        (list(s.token_ids), [[(token, p.logprob) for token, p in row.items()] for row in s.logprobs or []])
+        for s in samples
     ]
-    llm.shutdown()
-    assert len({tuple(t) for t in tokens}) > len(tokens) // 2, "a model that says one thing would prove nothing"
-    return folder, tokens
 
 
-@pytest.mark.parametrize("variant", ["batch of 32", *VARIANTS])
-def test_tokens_do_not_depend_on_scheduling(
-    variant: str, alone: tuple[Path, list[list[int]]], make_llm: Callable[..., LLM]
-) -> None:
-    folder, expected = alone
-    llm = make_llm(folder, **{"block_size": _BLOCK, **VARIANTS.get(variant, {})})
-    assert token_ids(llm) == expected
-    assert token_ids(llm) == expected, "a second round, from a warm prefix cache"
+def answers_alone(folder: Path, device: str, *, logprobs: int | None = None, **args: Any) -> Answers:
+    """What each prompt gives when it has an engine for itself, without a cache."""
+    with LLM(str(folder), **{**ENGINE, "device": device, "enable_prefix_caching": False, **args}) as llm:
+        made = answers(llm, alone=True, logprobs=logprobs)
+    assert len({tuple(t) for t, _ in made}) > len(made) // 2, "a model that says one thing would prove nothing"
+    return made
+
+
+def check_variant(variant: str, llm: LLM, expected: Answers, logprobs: int | None = None) -> None:
+    settings = VARIANTS.get(variant, {})
+    assert answers(llm, logprobs=logprobs) == expected
+    assert answers(llm, logprobs=logprobs) == expected, "a second round, from a warm prefix cache"
     # Tokens are given out before the statistics of their step.
     deadline = time.monotonic() + 30
     while (stats := llm.stats()).used_blocks and time.monotonic() < deadline:
         pass
     assert (stats.used_blocks, stats.block_leaks) == (0, 0)
-    if "num_gpu_blocks_override" in VARIANTS.get(variant, {}) and "max_num_seqs" in VARIANTS[variant]:
+    if "num_gpu_blocks_override" in settings and "max_num_seqs" in settings:
         assert stats.num_preemptions > 0, "this variant is meant to preempt"
     if variant == "no prefix cache":
         assert stats.prefix_hits == 0
     elif variant == "batch of 32":
         assert stats.prefix_hits > 0
+
+
+@pytest.fixture(scope="module")
+def alone(device: str, tiny_model: Callable[[str], Path]) -> tuple[Path, Answers]:
+    folder = tiny_model("llama4heads")
+    return folder, answers_alone(folder, device)
+
+
+@pytest.mark.parametrize("variant", ["batch of 32", *VARIANTS])
+def test_tokens_do_not_depend_on_scheduling(
+    variant: str,
+    device: str,
+    alone: tuple[Path, Answers],
+    make_llm: Callable[..., LLM],
+    request: pytest.FixtureRequest,
+) -> None:
+    folder, expected = alone
+    settings = VARIANTS.get(variant, {})
+    if device == "cuda" and settings.get("tensor_parallel_size", 1) > request.getfixturevalue("gpu_count"):
+        pytest.skip("every rank needs a GPU of its own")
+    llm = make_llm(folder, **{"block_size": _BLOCK, **settings}, device=device)
+    check_variant(variant, llm, expected)
+
+
+def test_tokens_of_a_gpu_are_those_of_the_cpu(gpu_count: int, tiny_model: Callable[[str], Path]) -> None:
+    folder = tiny_model("llama4heads")
+    assert answers_alone(folder, "cuda") == answers_alone(folder, "cpu")
+
+
+@pytest.fixture(scope="module", params=["llama4heads", "llama-heads-of-64", "llama-heads-of-128"])
+def bits(request: pytest.FixtureRequest, device: str, tiny_model: Callable[[str], Path]) -> tuple[Path, Answers]:
+    """A model and the answers of a deterministic bf16 engine to each prompt alone."""
+    folder = tiny_model(request.param)
+    return folder, answers_alone(folder, device, logprobs=5, dtype="bfloat16", deterministic=True)
+
+
+@pytest.mark.parametrize("variant", _SAME_BITS)
+def test_deterministic_engine_gives_the_same_bits_however_it_schedules(
+    variant: str, device: str, bits: tuple[Path, Answers], make_llm: Callable[..., LLM]
+) -> None:
+    folder, expected = bits
+    settings = {"dtype": "bfloat16", "deterministic": True, **VARIANTS.get(variant, {})}
+    check_variant(variant, make_llm(folder, **settings, device=device), expected, logprobs=5)

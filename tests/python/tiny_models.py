@@ -19,6 +19,7 @@ _COMMON = {
     "eos_token_id": 258,
     "pad_token_id": 256,
 }
+_LONG = _COMMON | {"max_position_embeddings": 2048}
 _NEOX = {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}
 _GEMMA = _COMMON | {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 24, "num_hidden_layers": 4}
 _LLAMA3 = {
@@ -31,10 +32,12 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
-# name -> config class of transformers, its arguments
+# name -> config class of transformers, its arguments. GPUs have their fastest attention for heads of 64 and 128.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _COMMON),
     "llama4heads": ("LlamaConfig", _COMMON | {"num_key_value_heads": 4}),
+    "llama-heads-of-64": ("LlamaConfig", _LONG | {"head_dim": 64}),
+    "llama-heads-of-128": ("LlamaConfig", _LONG | {"head_dim": 128, "num_hidden_layers": 2}),
     "llama-tied-biased": (
         "LlamaConfig",
         _COMMON | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 24},
