@@ -70,6 +70,33 @@ inline void expect_agreement(const std::string& what, const Array& got, const Ar
                       << "; seed " << test_seed();
 }
 
+// How far results are from exact ones, over everything that was added.
+struct Deviation {
+  double sum_of_squares = 0, worst = 0;
+  std::int64_t n = 0;
+
+  void add(const Array& got, const Array& exact) {
+    for (std::int64_t r = 0; r < got.rows(); ++r) {
+      for (std::int64_t c = 0; c < got.cols(); ++c) {
+        const double d = std::abs(static_cast<double>(got.get(r, c)) - static_cast<double>(exact.get(r, c)));
+        sum_of_squares += d * d;
+        worst = d <= worst ? worst : d;  // NaN stays
+        ++n;
+      }
+    }
+  }
+  double rms() const { return std::sqrt(sum_of_squares / static_cast<double>(n)); }
+};
+
+// Two backends that round at the same places are equally far from the exact results, though their sums run in other
+// orders and a rounding of one of them may be amplified anywhere. A slip in a kernel shows as a greater distance.
+inline void expect_as_near(const std::string& what, const Deviation& gpu, const Deviation& cpu) {
+  constexpr double kRms = 1.5, kWorst = 3;  // between the CPU's instruction sets it is up to 1.12 and 1.7
+  EXPECT_TRUE(gpu.rms() <= kRms * cpu.rms() && gpu.worst <= kWorst * cpu.worst)
+      << what << ": the GPU's distance from exact results is " << gpu.rms() << " (rms), " << gpu.worst
+      << " (greatest), the CPU's is " << cpu.rms() << " and " << cpu.worst << "; seed " << test_seed();
+}
+
 class TwoBackends : public CudaTest {
  protected:
   void SetUp() override {
