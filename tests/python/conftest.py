@@ -27,9 +27,15 @@ ENGINE = {
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: minutes of work; runs when FASTLLM_SLOW_TESTS=1")
+    config.addinivalue_line("markers", "gpu: needs one, as the fixtures show; skips without")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        on_cuda = "callspec" in vars(item) and item.callspec.params.get("device") == "cuda"
+        if on_cuda or "gpu_count" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
     if os.environ.get("FASTLLM_SLOW_TESTS") == "1":
         return
     for item in items:
@@ -60,7 +66,7 @@ def gpu_count() -> int:
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Every device that a promise is made for; `pytest -k cuda` runs the GPU's tests only."""
+    """Every device that a promise is made for; `pytest -m gpu` runs what needs a GPU only."""
     if request.param == "cuda":
         request.getfixturevalue("gpu_count")
     return str(request.param)
