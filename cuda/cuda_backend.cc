@@ -5,6 +5,7 @@
 
 #include "devices.h"
 #include "elementwise.h"
+#include "gemm_tune.h"
 
 namespace fastllm::cuda {
 namespace {
@@ -193,15 +194,13 @@ void CudaBackend::add_norm(const Tensor& out, const Tensor& residual, const Tens
 
 void CudaBackend::tune(const WeightView& w, DType out_dtype, bool accumulate, std::int64_t m) {
   if (tuning_ == Tuning::Off) return;
-  std::vector<std::int64_t> sizes;
-  if (tuning_ == Tuning::LargestStep) {
-    // Without recordings nobody runs the small sizes before they are needed.
-    if (graphs_.sizes().empty())
-      for (std::int64_t n = 1; n < std::min<std::int64_t>(m, 512); n *= 2) sizes.push_back(n);
-    for (std::int64_t n = 512; n < m; n *= 2) sizes.push_back(n);
+  // Without recordings nobody runs the small sizes before they are needed.
+  if (tuning_ == Tuning::LargestStep && graphs_.sizes().empty()) {
+    gemm_.tune(w, out_dtype, accumulate, kTunedRows, stream_.get());
+  } else {
+    const std::int64_t sizes[] = {m};
+    gemm_.tune(w, out_dtype, accumulate, sizes, stream_.get());
   }
-  sizes.push_back(m);
-  gemm_.tune(w, out_dtype, accumulate, sizes, stream_.get());
 }
 
 void CudaBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& w, const float* bias,

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cassert>
 #include <optional>
 #include <unordered_map>
@@ -17,8 +16,9 @@
 namespace fastllm::cuda {
 namespace {
 
-constexpr std::int64_t kUsualRows = 256;  // what the one algorithm of deterministic products is proposed for
-constexpr float kActivationUs = 2;        // of the launch that a fused product saves
+constexpr std::int64_t kUsualRows = 256;   // what the one algorithm of deterministic products is proposed for
+constexpr std::int64_t kExactRows = 1024;  // up to here proposals are for the very size
+constexpr float kActivationUs = 2;         // of the launch that a fused product saves
 
 // How to compute one shape for one number of rows.
 struct Way {
@@ -69,7 +69,7 @@ Gemm::Impl::Impl(const GemmOptions& o) : options(o) {
   if (options.deterministic) return;
   own_kernels = prepare_skinny(properties.sharedMemPerBlockOptin);
   const std::size_t version = context.lt().GetVersion();
-  title = std::string("fastllm products 3, ") + properties.name + ", " + std::to_string(num_sms) + " SMs, cuBLASLt " +
+  title = std::string("fastllm products 4, ") + properties.name + ", " + std::to_string(num_sms) + " SMs, cuBLASLt " +
           std::to_string(version);
   file = gemm_table_file(properties.name, version);
   table = GemmTable::load(file, title);
@@ -93,17 +93,18 @@ Way Gemm::Impl::choose(Product& p, std::int64_t m) {
   if (options.deterministic) {
     return {std::nullopt, p.ways.empty() ? invariant_algorithm(p) : p.ways.begin()->second.algo};
   }
-  const GemmTable::Entry* e = table.nearest(p.shape, m);
+  const GemmTable::Entry* e = tuned_rows(m) == 0 ? nullptr : table.nearest(p.shape, m);
   if (e == nullptr) return {std::nullopt, any_algorithm(p, m)};
   Way w;
-  if (own_kernels && m <= e->m && e->m <= kSkinnyRows && e->timing.own_is_best()) w.own = e->timing.own;
+  if (own_kernels && m <= e->m && e->timing.own_is_best()) w.own = e->timing.own;
   const bool usable = e->timing.lt_us != GemmTiming::kNone && p.lt.takes(e->timing.algo, m);
   w.algo = usable ? e->timing.algo : any_algorithm(p, m);
   return w;
 }
 
 LtAlgo Gemm::Impl::any_algorithm(Product& p, std::int64_t m) {
-  const auto bucket = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(m)));
+  // Mixed steps come in any size: a proposal costs the host some 50 us, so that it is shared by sizes that are near.
+  const std::int64_t bucket = m <= kExactRows ? m : (m + kExactRows / 4 - 1) / (kExactRows / 4) * (kExactRows / 4);
   for (const std::int64_t rows : {bucket, m}) {
     const auto algos = p.lt.propose(rows, 1);
     if (!algos.empty() && p.lt.takes(algos[0], m)) return algos[0];
@@ -163,12 +164,12 @@ bool Gemm::run_gated(const GemmCall& call, int act, cudaStream_t stream) {
 void Gemm::tune(const WeightView& w, DType out_dtype, bool accumulate, std::span<const std::int64_t> ms,
                 cudaStream_t stream) {
   Impl& g = *impl_;
-  if (g.options.deterministic) return;
+  if (!g.own_kernels || w.dtype != DType::BF16) return;
   const GemmShape shape{w.n, w.k, w.dtype, out_dtype, accumulate};
   std::vector<std::int64_t> missing;
   for (const std::int64_t rows : ms) {
     const std::int64_t m = tuned_rows(rows);
-    if (rows > 0 && !g.table.has(shape, m) && GemmTuner::affordable(shape, m)) missing.push_back(m);
+    if (m > 0 && !g.table.has(shape, m)) missing.push_back(m);
   }
   if (missing.empty()) return;
   check(cudaStreamSynchronize(stream), "the work before tuning");

@@ -12,7 +12,7 @@
 namespace fastllm::cuda {
 namespace {
 
-constexpr int kProposals = 6, kLongProposals = 3, kOwnCandidates = 10;
+constexpr int kProposals = 6, kLongProposals = 3;
 constexpr float kLongUs = 200;      // of a launch: from here on fewer proposals
 constexpr float kGraphUs = 150;     // of the launches that are timed together
 constexpr int kMostLaunches = 24;   // of them
@@ -116,15 +116,9 @@ struct GemmTuner::Candidate {
 };
 
 std::int64_t tuned_rows(std::int64_t m) {
-  constexpr std::array<std::int64_t, 17> kRows = {1,  2,   4,   8,   16,  24,  32,  48,  64,
-                                                  96, 128, 192, 256, 384, 512, 768, 1024};
-  const auto* at = std::lower_bound(kRows.begin(), kRows.end(), m);
-  return at == kRows.end() ? m : *at;
-}
-
-bool GemmTuner::affordable(const GemmShape& s, std::int64_t m) {
-  constexpr std::size_t kMost = std::size_t{512} << 20;
-  return bytes_of(m, s.k, s.dtype) + bytes_of(m, s.n, s.out_dtype) <= kMost;
+  static_assert(kTunedRows.back() == kSkinnyRows);
+  const auto* at = std::lower_bound(kTunedRows.begin(), kTunedRows.end(), m);
+  return at == kTunedRows.end() ? 0 : *at;
 }
 
 GemmTuner::GemmTuner(const LtContext& context, const GemmShape& shape, const void* weight, std::int64_t most_rows,
@@ -217,9 +211,7 @@ GemmTiming GemmTuner::measure(std::int64_t m) {
     if (add([this, m, algo](int turn) { product_.run(call(m, turn), algo, stream_.get()); })) all.back()->algo = algo;
   }
   if (own_kernels_ && skinny_supports(call(m, 0))) {
-    auto configs = skinny_configs(shape_.n, shape_.k, m, num_sms_);
-    configs.resize(std::min<std::size_t>(configs.size(), kOwnCandidates));
-    for (const SkinnyConfig& config : configs) {
+    for (const SkinnyConfig& config : skinny_candidates(shape_.k)) {
       const auto run = [this, m, config](int turn) {
         skinny_gemm(call(m, turn), std::nullopt, config, num_sms_, stream_.get());
       };

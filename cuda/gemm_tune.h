@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -13,7 +14,11 @@
 
 namespace fastllm::cuda {
 
-// The rows to measure for calls of m rows: a few sizes stand for all up to 1024, each for those below it.
+// Only products of few rows are measured, where own kernels compete: beyond them cuBLASLt's first proposal for the very
+// size was never beaten by more than noise, and measuring on cool, idle hardware chose worse ones.
+inline constexpr std::array<std::int64_t, 7> kTunedRows = {1, 2, 4, 8, 16, 24, 32};
+
+// The rows to measure for calls of m rows: the next of kTunedRows, 0 beyond them.
 std::int64_t tuned_rows(std::int64_t m);
 
 class GemmTuner {
@@ -26,9 +31,6 @@ class GemmTuner {
   // All candidates in turn, several times over, so that clocks and power are the same for each. cuBLASLt's first
   // proposal stays unless another one is clearly faster. Some 20 ms.
   GemmTiming measure(std::int64_t m);
-
-  // Whether x and out of m rows are small enough to be scratch.
-  static bool affordable(const GemmShape& shape, std::int64_t m);
 
  private:
   static constexpr std::size_t kInPlace = std::size_t{300} << 20;  // bytes

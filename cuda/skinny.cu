@@ -36,6 +36,7 @@ constexpr int kStages = 3, kStageBytes = 4096;  // of each warp: a queue of 96 K
 constexpr int kStageUnits = kStageBytes / 16;
 constexpr int kCopies = kStageUnits / 32;  // instructions that fill a stage
 constexpr int kNotGated = -1;
+constexpr std::int64_t kShortRow = 1024;  // columns; too few chunks for many warps
 
 constexpr int chunk_cols(int strips) { return 256 / strips; }
 
@@ -299,22 +300,6 @@ int tokens8_of(std::int64_t m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// A rough time in us: only its order matters.
-double estimate(const SkinnyConfig& c, std::int64_t n, std::int64_t k, std::int64_t m, int num_sms) {
-  constexpr double kBytesPerUs = 3e6, kWarpQueue = kStages * kStageBytes, kEnoughPerSm = 32 << 10, kTileUs = 0.1,
-                   kXWeight = 0.3;
-  const auto tiles = ceil_div(n, 8 * c.strips), chunks = ceil_div(k, chunk_cols(c.strips));
-  const std::int64_t blocks = std::int64_t{num_sms} * c.blocks_per_sm, groups = kWarps / c.k_warps;
-  const auto tiles_of_block = ceil_div(tiles, blocks), tiles_of_group = ceil_div(tiles_of_block, groups);
-  const double balance = static_cast<double>(tiles) / static_cast<double>(tiles_of_block * blocks);
-  const double k_balance = static_cast<double>(chunks) / static_cast<double>(ceil_div(chunks, c.k_warps) * c.k_warps);
-  const double warps = static_cast<double>(std::min(tiles, blocks * groups) * c.k_warps);
-  const double flow = std::min(1.0, warps * kWarpQueue / (kEnoughPerSm * num_sms));
-  const double x_cost = 1 + kXWeight * static_cast<double>(m) / (8 * c.strips);
-  return static_cast<double>(2 * n * k) / kBytesPerUs * x_cost / (balance * std::sqrt(k_balance) * flow) +
-         kTileUs * static_cast<double>(tiles_of_group);
-}
-
 }  // namespace
 
 bool is_valid(const SkinnyConfig& c) {
@@ -329,7 +314,7 @@ bool skinny_supports(const GemmCall& c) {
          c.w.n * (c.w.k / 8) < std::int64_t{1} << 32;
 }
 
-std::vector<SkinnyConfig> skinny_configs(std::int64_t n, std::int64_t k, std::int64_t m, int num_sms) {
+std::vector<SkinnyConfig> skinny_configs() {
   std::vector<SkinnyConfig> all;
   for (const int strips : {1, 2, 4}) {
     for (const int k_warps : {1, 2, 4, 8}) {
@@ -338,10 +323,15 @@ std::vector<SkinnyConfig> skinny_configs(std::int64_t n, std::int64_t k, std::in
       }
     }
   }
-  std::stable_sort(all.begin(), all.end(), [&](const SkinnyConfig& a, const SkinnyConfig& b) {
-    return estimate(a, n, k, m, num_sms) < estimate(b, n, k, m, num_sms);
-  });
   return all;
+}
+
+std::vector<SkinnyConfig> skinny_candidates(std::int64_t k) {
+  std::vector<SkinnyConfig> some;
+  for (const SkinnyConfig& c : skinny_configs()) {
+    if (c.blocks_per_sm == 2 && (k < kShortRow ? c.k_warps <= 4 && !c.rolling : c.k_warps >= 4)) some.push_back(c);
+  }
+  return some;
 }
 
 bool prepare_skinny(std::size_t shared_per_block) {

@@ -34,8 +34,10 @@ bool is_valid(const SkinnyConfig& config);
 // Whether the kernels take this call: BF16 weights, up to kSkinnyRows rows, 16-byte aligned rows.
 bool skinny_supports(const GemmCall& call);
 
-// All configurations, those expected to be fastest first.
-std::vector<SkinnyConfig> skinny_configs(std::int64_t n, std::int64_t k, std::int64_t m, int num_sms);
+// All configurations.
+std::vector<SkinnyConfig> skinny_configs();
+// Those worth measuring for rows of k columns: two blocks share a multiprocessor, enough warps share a row.
+std::vector<SkinnyConfig> skinny_candidates(std::int64_t k);
 
 // Once per device, before the first launch. False: a block has too little shared memory on this device.
 bool prepare_skinny(std::size_t shared_per_block);

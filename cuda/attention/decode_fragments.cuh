@@ -14,11 +14,6 @@
 
 #include "ptx.cuh"
 
-// How keys and values pass L2: -DFASTLLM_DECODE_L2='""' or '".L2::128B"' for comparison.
-#ifndef FASTLLM_DECODE_L2
-#define FASTLLM_DECODE_L2 ".L2::256B"
-#endif
-
 namespace fastllm::cuda::decode {
 
 // Replaces v if `wanted`. An ordinary load, not .nc: the kernel before may still be writing when this one starts.
@@ -28,15 +23,17 @@ namespace fastllm::cuda::decode {
 template <class Raw>
 __device__ __forceinline__ void load_past_l1(Raw& v, const std::byte* global, bool wanted) {
   if constexpr (sizeof(Raw) == 16) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.L1::no_allocate" FASTLLM_DECODE_L2
-                 ".v4.u32 {%0, %1, %2, %3}, [%4]; }"
-                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-                 : "l"(global), "r"(static_cast<int>(wanted)));
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.L1::no_allocate.L2::256B"
+        ".v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+        : "l"(global), "r"(static_cast<int>(wanted)));
   } else {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %3, 0; @p ld.global.L1::no_allocate" FASTLLM_DECODE_L2
-                 ".v2.u32 {%0, %1}, [%2]; }"
-                 : "+r"(v.x), "+r"(v.y)
-                 : "l"(global), "r"(static_cast<int>(wanted)));
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %3, 0; @p ld.global.L1::no_allocate.L2::256B"
+        ".v2.u32 {%0, %1}, [%2]; }"
+        : "+r"(v.x), "+r"(v.y)
+        : "l"(global), "r"(static_cast<int>(wanted)));
   }
 }
 // Volatile keeps it in its loop.

@@ -199,7 +199,7 @@ TEST_F(GemmTest, every_skinny_kernel_computes_every_number_of_rows) {
   if (!prepare()) return;
   for (const auto& [n, k] : {std::pair{8, 8}, {13, 24}, {24, 72}, {136, 200}, {200, 576}, {72, 1544}}) {
     Problem problem(random, 32, n, k, {});
-    for (const auto& config : cuda::skinny_configs(n, k, 1, properties.multiProcessorCount)) {
+    for (const auto& config : cuda::skinny_configs()) {
       for (const std::int64_t m : {1, 2, 3, 4, 5, 8, 9, 16, 17, 32}) problem.check(m, name(config), skinny(config));
     }
   }
@@ -208,7 +208,7 @@ TEST_F(GemmTest, every_skinny_kernel_computes_every_number_of_rows) {
 TEST_F(GemmTest, skinny_kernels_take_many_tiles_in_turn) {
   if (!prepare()) return;
   Problem problem(random, 9, 20008, 72, {});
-  for (const auto& config : cuda::skinny_configs(20008, 72, 1, properties.multiProcessorCount)) {
+  for (const auto& config : cuda::skinny_configs()) {
     for (const std::int64_t m : {1, 9}) problem.check(m, name(config), skinny(config));
   }
 }
@@ -219,7 +219,7 @@ TEST_F(GemmTest, skinny_kernels_add_biases_and_accumulate) {
     for (const bool bias : {false, true}) {
       for (const bool accumulate : {false, true}) {
         Problem problem(random, 32, 136, 328, {.out_dtype = out, .bias = bias, .accumulate = accumulate});
-        for (const auto& config : cuda::skinny_configs(136, 328, 1, properties.multiProcessorCount)) {
+        for (const auto& config : cuda::skinny_configs()) {
           for (const std::int64_t m : {1, 8, 11, 32}) problem.check(m, name(config), skinny(config));
         }
       }
@@ -233,7 +233,7 @@ TEST_F(GemmTest, skinny_kernels_fuse_gated_activations) {
     for (const bool bias : {false, true}) {
       for (const auto& [n, k] : {std::pair{272, 200}, {26, 72}}) {
         Problem problem(random, 17, n, k, {.bias = bias, .gated = act});
-        for (const auto& config : cuda::skinny_configs(n, k, 1, properties.multiProcessorCount)) {
+        for (const auto& config : cuda::skinny_configs()) {
           for (const std::int64_t m : {1, 5, 17}) problem.check(m, name(config), skinny(config, act));
         }
       }
@@ -244,7 +244,7 @@ TEST_F(GemmTest, skinny_kernels_fuse_gated_activations) {
 TEST_F(GemmTest, a_row_of_a_skinny_product_does_not_depend_on_the_others) {
   if (!prepare()) return;
   Problem problem(random, 32, 136, 1544, {.out_dtype = DType::F32});
-  for (const auto& config : cuda::skinny_configs(136, 1544, 1, properties.multiProcessorCount)) {
+  for (const auto& config : cuda::skinny_configs()) {
     const Array all = problem.result(0, 32, skinny(config));
     for (const std::int64_t row : {0, 5, 8, 15, 31}) {
       const Array alone = problem.result(row, 1, skinny(config));
