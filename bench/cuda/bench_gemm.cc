@@ -139,7 +139,7 @@ void gated(benchmark::State& state, const Shape& s, std::int64_t m) {
 }
 
 struct OwnKernels {
-  OwnKernels(const Shape& s, std::int64_t m) {
+  OwnKernels() {
     int device = 0, shared = 0;
     cuda::check(cudaGetDevice(&device), "cudaGetDevice");
     cuda::check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
@@ -155,7 +155,7 @@ struct OwnKernels {
 void skinny(benchmark::State& state, const Shape& s, std::int64_t m, const cuda::SkinnyConfig& config) {
   guarded(state, [&] {
     const Operands o(s, m);
-    const OwnKernels own(s, m);
+    const OwnKernels own;
     measure(state, o.work, o.calls(), [&](int i, cudaStream_t stream) {
       cuda::skinny_gemm(o.turn(i), std::nullopt, config, own.num_sms, stream);
     });
@@ -165,7 +165,7 @@ void skinny(benchmark::State& state, const Shape& s, std::int64_t m, const cuda:
 void after_norm(benchmark::State& state, const Shape& s, std::int64_t m, int prefetch_bytes) {
   guarded(state, [&] {
     const Operands o(s, m);
-    const OwnKernels own(s, m);
+    const OwnKernels own;
     const Rotation residual(static_cast<std::size_t>(m * s.k) * 4, 1), scale(static_cast<std::size_t>(s.k) * 4, 1);
     cuda::NormCall norm;
     norm.x = residual.at(0);

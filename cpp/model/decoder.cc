@@ -88,13 +88,15 @@ void Decoder::allocate_scratch() {
   if (gated > 0) gated_ = scratch(tokens, gated, config_.dtype);
   last_ = scratch(rows, hidden, DType::F32);
   last_hidden_ = scratch(rows, hidden, config_.dtype);
+  last_attn_ = scratch(rows, heads * head_dim, config_.dtype);
   const std::int64_t part = vocab_per_rank(spec_.embed.vocab, comm_.size());
   if (comm_.size() > 1) part_logits_ = scratch(rows, part, DType::F32);
   logits_ = scratch(rows, part * comm_.size(), DType::F32);
 }
 
-void Decoder::forward(const Step& step, int num_tokens, void* kv_pool) {
+void Decoder::forward(const Step& step, int num_tokens, void* kv_pool, int logit_rows) {
   num_tokens_ = num_tokens;
+  stream_ = &residual_;
   assert(num_tokens_ > 0 && num_tokens_ <= config_.max_step_tokens);
   const EmbedSpec& e = spec_.embed;
   const Tensor x = residual_.view(num_tokens_, e.hidden);
@@ -106,30 +108,46 @@ void Decoder::forward(const Step& step, int num_tokens, void* kv_pool) {
     const Tensor table(const_cast<float*>(weights_.positions.get()), DType::F32, {e.learned_positions, e.hidden});
     backend_.add_positions(x, step, table.slice(e.position_offset, e.learned_positions - e.position_offset));
   }
-  for (int i = 0; i < spec_.num_layers(); ++i) run_layer(i, step, kv_pool);
-  if (pending_ != nullptr) backend_.add(x, pending_->view(num_tokens_, e.hidden));
+  const int last = spec_.num_layers() - 1;
+  for (int i = 0; i < last; ++i) run_layer(i, step, kv_pool, num_tokens_);
+  run_layer(last, step, kv_pool, logit_rows == kAllTokens ? num_tokens_ : logit_rows);
+  if (pending_ != nullptr) backend_.add(stream_->view(num_tokens_, e.hidden), pending_->view(num_tokens_, e.hidden));
   pending_ = nullptr;
 }
 
-void Decoder::run_layer(int layer, const Step& step, void* kv_pool) {
+void Decoder::run_layer(int layer, const Step& step, void* kv_pool, std::int64_t kept) {
   const LayerSpec& l = spec_.layer(layer);
   const LayerWeights& w = weights_.layers[static_cast<std::size_t>(layer)];
   const Tensor in = norm_residual(hidden_, l.pre_attn, w.pre_attn);
-  if (l.parallel) {
-    const Tensor ffn_in = l.pre_ffn.kind == NormKind::None ? in : norm_residual(hidden_ffn_, l.pre_ffn, w.pre_ffn);
-    project(attention(layer, in, step, kv_pool), w.out, l.post_attn);
-    project(feed_forward(layer, ffn_in), w.down, l.post_ffn);
-    end_branch(l.post_ffn, w.post_ffn);
-  } else {
-    project(attention(layer, in, step, kv_pool), w.out, l.post_attn);
-    end_branch(l.post_attn, w.post_attn);
-    const Tensor ffn_in = norm_residual(hidden_, l.pre_ffn, w.pre_ffn);
-    project(feed_forward(layer, ffn_in), w.down, l.post_ffn);
-    end_branch(l.post_ffn, w.post_ffn);
+  Tensor ffn_in = in;
+  if (l.parallel && l.pre_ffn.kind != NormKind::None) ffn_in = norm_residual(hidden_ffn_, l.pre_ffn, w.pre_ffn);
+  Tensor attended = attention(layer, in, step, kv_pool, kept);
+  if (kept < num_tokens_) {
+    if (kept > 0) {
+      attended = keep(last_attn_, attended, step, kept);
+      if (l.parallel) ffn_in = keep(last_hidden_, ffn_in, step, kept);
+      keep(last_, residual_.view(num_tokens_, spec_.embed.hidden), step, kept);
+    }
+    stream_ = &last_;
+    num_tokens_ = kept;
+    if (kept == 0) return;
   }
+  project(attended, w.out, l.post_attn);
+  if (!l.parallel) {
+    end_branch(l.post_attn, w.post_attn);
+    ffn_in = norm_residual(hidden_, l.pre_ffn, w.pre_ffn);
+  }
+  project(feed_forward(layer, ffn_in), w.down, l.post_ffn);
+  end_branch(l.post_ffn, w.post_ffn);
 }
 
-Tensor Decoder::attention(int layer, const Tensor& in, const Step& step, void* kv_pool) {
+Tensor Decoder::keep(const Scratch& to, const Tensor& x, const Step& step, std::int64_t rows) {
+  const Tensor out = to.view(rows, x.cols());
+  backend_.gather_logit_rows(out, x, step);
+  return out;
+}
+
+Tensor Decoder::attention(int layer, const Tensor& in, const Step& step, void* kv_pool, std::int64_t kept) {
   const AttnSpec& spec = spec_.layer(layer).attn;
   const LayerWeights& w = weights_.layers[static_cast<std::size_t>(layer)];
   const Kind& kind = kinds_[static_cast<std::size_t>(spec_.layer_kind[static_cast<std::size_t>(layer)])];
@@ -140,7 +158,7 @@ Tensor Decoder::attention(int layer, const Tensor& in, const Step& step, void* k
   backend_.linear(qkv, in, *w.qkv.weight, w.qkv.bias.get(), false);
   backend_.qk_norm_rope_write_kv(qkv, step, kind.attn.heads, spec.q_norm, w.q_norm.weight.get(), spec.k_norm,
                                  w.k_norm.weight.get(), kind.rope, kv);
-  backend_.attention(out, qkv.columns(0, q_width), step, kv, kind.attn);
+  if (kept > 0) backend_.attention(out, qkv.columns(0, q_width), step, kv, kind.attn);
   return out;
 }
 
@@ -160,7 +178,7 @@ Tensor Decoder::feed_forward(int layer, const Tensor& in) {
 }
 
 Tensor Decoder::norm_residual(const Scratch& out, const NormSpec& spec, const NormWeights& w) {
-  const Tensor y = out.view(num_tokens_, spec_.embed.hidden), x = residual_.view(num_tokens_, spec_.embed.hidden);
+  const Tensor y = out.view(num_tokens_, spec_.embed.hidden), x = stream_->view(num_tokens_, spec_.embed.hidden);
   if (pending_ != nullptr && spec.kind != NormKind::None) {
     backend_.add_norm(y, x, pending_->view(num_tokens_, spec_.embed.hidden), spec, w.weight.get(), w.bias.get());
   } else {
@@ -181,7 +199,7 @@ void Decoder::norm_or_copy(const Tensor& out, const Tensor& x, const NormSpec& s
 
 void Decoder::project(const Tensor& in, const LinearWeights& w, const NormSpec& post) {
   if (comm_.size() == 1 && post.kind == NormKind::None) {
-    backend_.linear(residual_.view(num_tokens_, spec_.embed.hidden), in, *w.weight, w.bias.get(), true);
+    backend_.linear(stream_->view(num_tokens_, spec_.embed.hidden), in, *w.weight, w.bias.get(), true);
   } else {
     backend_.linear(delta_.view(num_tokens_, spec_.embed.hidden), in, *w.weight, w.bias.get(), branch_begun_);
     branch_begun_ = true;
@@ -200,8 +218,8 @@ void Decoder::end_branch(const NormSpec& post, const NormWeights& w) {
 }
 
 Tensor Decoder::logits(const Step& step, int rows) {
-  const Tensor residual = residual_.view(num_tokens_, spec_.embed.hidden);
-  if (rows == num_tokens_) return head(residual);  // every token is a logit row
+  const Tensor residual = stream_->view(num_tokens_, spec_.embed.hidden);
+  if (rows == num_tokens_) return head(residual);  // every row that is left is a logit row
   const Tensor x = last_.view(rows, spec_.embed.hidden);
   backend_.gather_logit_rows(x, residual, step);
   return head(x);

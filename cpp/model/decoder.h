@@ -36,13 +36,15 @@ class Decoder {
   std::int64_t weight_bytes() const { return packed_bytes(weights_); }
 
   // Runs the layers over all tokens of the step, its padding included, writing their keys and values to `kv_pool`
-  // (kv_shape() per block).
-  void forward(const Step& step, int num_tokens, void* kv_pool);
+  // (kv_shape() per block). logit_rows: of the step, its padding included: what no logit depends on is left out of the
+  // last layer. kAllTokens: logits of any token may be asked for.
+  static constexpr int kAllTokens = -1;
+  void forward(const Step& step, int num_tokens, void* kv_pool, int logit_rows);
 
   // Logits of the last forward(): [rows, vocab] F32, valid until the next call of either. At most max_logit_rows.
   // Every rank gets all of them.
-  Tensor logits(const Step& step, int rows);            // of the step's logit rows, its padding included
-  Tensor logits(std::span<const std::int32_t> tokens);  // after the given tokens
+  Tensor logits(const Step& step, int rows);            // rows: as many as forward() was told, or the step has
+  Tensor logits(std::span<const std::int32_t> tokens);  // after the given tokens; needs kAllTokens
   Tensor logits_view(int rows) const;                   // where they lie
 
  private:
@@ -65,9 +67,12 @@ class Decoder {
   Kind make_kind(const LayerSpec& layer) const;
   void allocate_scratch();
 
-  void run_layer(int layer, const Step& step, void* kv_pool);
-  Tensor attention(int layer, const Tensor& in, const Step& step, void* kv_pool);
+  // kept: tokens that matter past the layer's attention, at most num_tokens_; fewer are the step's logit rows.
+  void run_layer(int layer, const Step& step, void* kv_pool, std::int64_t kept);
+  Tensor attention(int layer, const Tensor& in, const Step& step, void* kv_pool, std::int64_t kept);
   Tensor feed_forward(int layer, const Tensor& in);
+  // The rows of x that are the step's logit rows, in `to`.
+  Tensor keep(const Scratch& to, const Tensor& x, const Step& step, std::int64_t rows);
   // Adds what is pending to the residual and normalises it.
   Tensor norm_residual(const Scratch& out, const NormSpec& spec, const NormWeights& w);
   void norm_or_copy(const Tensor& out, const Tensor& x, const NormSpec& spec, const NormWeights& w);
@@ -89,8 +94,10 @@ class Decoder {
   Scratch hidden_, hidden_ffn_;       // [T, hidden]: inputs of the branches
   Scratch qkv_, attn_, up_, gated_;   // [T, ...] of this rank
   Scratch last_, last_hidden_;        // [R, hidden]: residual of the rows whose logits are wanted, and its norm
+  Scratch last_attn_;                 // [R, heads head_dim]: their attention in the last layer
   Scratch part_logits_, logits_;      // [R, vocab / ranks], [R, vocab] F32
-  std::int64_t num_tokens_ = 0;       // T of the last forward()
+  const Scratch* stream_ = nullptr;   // residual_, or last_ once only logit rows matter
+  std::int64_t num_tokens_ = 0;       // rows of the stream
   bool branch_begun_ = false;         // delta_ holds the first of two parallel branches
   const Scratch* pending_ = nullptr;  // delta_ or post_, if still to be added to the residual
 };

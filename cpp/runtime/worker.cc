@@ -143,7 +143,7 @@ void Worker::run_worst_step() {
   input.logit_tokens = last;
   input.sampling = sample_rows_;
   Step& step = backend_->begin_step(input);
-  decoder_.forward(step, token, pool->data());
+  decoder_.forward(step, token, pool->data(), rows);
   const Tensor logits = decoder_.logits(step, rows);
   if (comm_.rank() == 0) {
     backend_->process_logits(logits, step);
@@ -165,7 +165,7 @@ void Worker::launch(const StepPlan& plan, const MaskSource& masks, Launched& out
   const auto num_tokens = padded > 0 ? padded : static_cast<int>(plan.tokens.size());
   const auto num_logits = padded > 0 ? padded : static_cast<int>(sampled_.size());
   // Log-probabilities of the prompt use the memory of the logits: they come between the two.
-  forward(step, num_tokens, plan.next_tokens.empty() ? num_logits : 0, padded);
+  forward(step, num_tokens, plan.next_tokens.empty() ? num_logits : Decoder::kAllTokens, padded);
   if (!plan.next_tokens.empty()) {
     prompt_logprobs(plan, out);
     if (num_logits > 0) decoder_.logits(step, num_logits);
@@ -219,7 +219,7 @@ Step& Worker::begin_step(const StepPlan& plan, int padded) {
 // padded: rows of the recording to replay, or 0.
 void Worker::forward(Step& step, int num_tokens, int logit_rows, int padded) {
   const auto body = [&] {
-    decoder_.forward(step, num_tokens, kv_->data());
+    decoder_.forward(step, num_tokens, kv_->data(), logit_rows);
     if (logit_rows > 0) decoder_.logits(step, logit_rows);
   };
   if (padded > 0) {

@@ -83,7 +83,7 @@ class Machine {
     const int num_tokens = std::max(static_cast<int>(ids.size()), input.padded_rows);
     const int num_logits = std::max(static_cast<int>(rows.size()), input.padded_rows);
     const auto body = [&] {
-      decoder_->forward(step, num_tokens, pool_->data());
+      decoder_->forward(step, num_tokens, pool_->data(), num_logits);
       decoder_->logits(step, num_logits);
     };
     if (recorded) {

@@ -56,7 +56,8 @@ class Runner {
     input.rows = {&row, 1};
     input.logit_tokens = tokens;
     const Step& step = backend_->begin_step(input);
-    decoder_->forward(step, static_cast<int>(ids.size()), kv_->data());
+    const int rows = by_number ? Decoder::kAllTokens : static_cast<int>(tokens.size());
+    decoder_->forward(step, static_cast<int>(ids.size()), kv_->data(), rows);
     num_computed_ += static_cast<std::int32_t>(ids.size());
     const Tensor logits =
         by_number ? decoder_->logits(tokens) : decoder_->logits(step, static_cast<int>(tokens.size()));
