@@ -60,6 +60,8 @@ void check_device_settings(const EngineConfig& config) {
     throw InvalidArgument("kv_cache_dtype is '" + config.kv_cache_dtype + "', but must be auto or fp8.");
   if (!is_gpu(config))
     throw InvalidArgument("kv_cache_dtype 'fp8' needs a GPU; the device is '" + config.device + "'.");
+  if (config.dtype != "bfloat16")
+    throw InvalidArgument("kv_cache_dtype 'fp8' needs dtype bfloat16; it is '" + config.dtype + "'.");
 }
 
 // Replaces the zeros that depend on the model and the machine, not on measured memory.

@@ -76,3 +76,8 @@ def test_fp8_cache_survives_preemption_and_sharing(
 def test_cpus_have_no_fp8_cache(llama: Path, make_llm: Callable[..., LLM]) -> None:
     with pytest.raises(FastllmError, match="kv_cache_dtype 'fp8' needs a GPU"):
         make_llm(llama, kv_cache_dtype="fp8")
+
+
+def test_fp8_cache_needs_bfloat16(gpu_count: int, llama: Path, make_llm: Callable[..., LLM]) -> None:
+    with pytest.raises(FastllmError, match="kv_cache_dtype 'fp8' needs dtype bfloat16"):
+        make_llm(llama, device="cuda", dtype="float32", kv_cache_dtype="fp8")
