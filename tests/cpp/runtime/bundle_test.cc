@@ -1,6 +1,7 @@
 #include "model/bundle.h"
 
 #include <gtest/gtest.h>
+#include <stdlib.h>  // mkdtemp
 
 #include <cstring>
 #include <filesystem>
@@ -19,9 +20,10 @@ namespace {
 class Bundle : public ::testing::Test {
  protected:
   void SetUp() override {
-    dir_ = std::filesystem::path(::testing::TempDir()) /
-           ("fastllm_bundle_" + std::to_string(reinterpret_cast<std::uintptr_t>(this)));
-    std::filesystem::create_directories(dir_);
+    // Unique among processes too: tests run side by side.
+    std::string name = ::testing::TempDir() + "fastllm_bundle_XXXXXX";
+    ASSERT_NE(mkdtemp(name.data()), nullptr);
+    dir_ = name;
   }
   void TearDown() override { std::filesystem::remove_all(dir_); }
 
