@@ -11,18 +11,7 @@ from typing import Any
 
 import pytest
 
-from tiny_models import FAMILIES, save_tiny_model
-
-# fp32, small, the same limits on every device, and invariants checked after every step.
-ENGINE = {
-    "device": "cpu",
-    "dtype": "float32",
-    "num_gpu_blocks_override": 256,
-    "max_num_seqs": 256,
-    "max_num_batched_tokens": 2048,
-    "check_invariants": True,
-    "cpu_threads": 2,
-}
+from tiny_models import ENGINE, FAMILIES, save_tiny_model
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from conftest import ENGINE
 from fastllm import LLM, SamplingParams
+from tiny_models import ENGINE
 
 _PROMPTS = [
     "The capital of France is",

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from conftest import ENGINE
 from fastllm import LLM, SamplingParams
+from tiny_models import ENGINE
 
 _BLOCK = 16  # tokens
 _NEW_TOKENS = 24

@@ -6,6 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+# fp32, small, the same limits on every device, and invariants checked after every step.
+ENGINE = {
+    "device": "cpu",
+    "dtype": "float32",
+    "num_gpu_blocks_override": 256,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 2048,
+    "check_invariants": True,
+    "cpu_threads": 2,
+}
+
 VOCAB = 320
 _COMMON = {
     "vocab_size": VOCAB,
