@@ -1,43 +1,15 @@
 // Activations and other element-wise work.
 //
-//   silu: x / (1 + e^-x)      gelu: x Phi(x)      gelu_tanh: x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3)
-//   gated_act: out = act(gate) * up;   scale_softcap: x = cap * tanh(scale * x / cap)
+//   act: x = f(x), see activation.cuh;   gated_act: out = f(gate) * up;   add: x += y
+//   scale_softcap: x = cap * tanh(scale * x / cap)
 //
 // Cost: every operand once, 10 to 30 operations an element. Benchmark: --benchmark_filter=Act
+#include "activation.cuh"
 #include "elementwise.h"
 #include "rows.cuh"
 
 namespace fastllm::cuda {
 namespace {
-
-// x / (1 + e^-y); the bound keeps the divisor within what the fast division takes.
-__device__ __forceinline__ float times_sigmoid(float x, float y) {
-  return __fdividef(x, 1.0f + __expf(fminf(-y, 85.0f)));
-}
-
-template <int N>
-__device__ __forceinline__ void activate(float (&x)[N], Activation act) {
-  switch (act) {
-    case Activation::Silu:
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = times_sigmoid(x[i], x[i]);
-      break;
-    case Activation::Gelu:
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = 0.5f * x[i] * (1.0f + erff(0.70710678f * x[i]));
-      break;
-    case Activation::GeluTanh:
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        x[i] = times_sigmoid(x[i], 1.59576912f * fmaf(x[i] * x[i] * x[i], 0.044715f, x[i]));
-      }
-      break;
-    case Activation::Relu:
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = fmaxf(x[i], 0.0f);
-      break;
-  }
-}
 
 template <int N>
 struct One {

@@ -24,6 +24,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "activation.cuh"
 #include "launch.cuh"
 #include "ptx.cuh"
 #include "skinny.h"
@@ -60,22 +61,6 @@ struct Params {
   int gated;  // an Activation, or kNotGated
   bool rolling, out_f32, accumulate;
 };
-
-__device__ __forceinline__ float activate(float x, Activation act) {
-  switch (act) {
-    case Activation::Silu:
-      return __fdividef(x, 1.0f + __expf(fminf(-x, 85.0f)));
-    case Activation::Gelu:
-      return 0.5f * x * (1.0f + erff(0.70710678f * x));
-    case Activation::GeluTanh: {
-      const float y = 1.59576912f * fmaf(x * x * x, 0.044715f, x);
-      return __fdividef(x, 1.0f + __expf(fminf(-y, 85.0f)));
-    }
-    case Activation::Relu:
-      return fmaxf(x, 0.0f);
-  }
-  return x;
-}
 
 // Among the k_warps warps of one group. Constant numbers, or each block takes all 16 hardware barriers.
 __device__ __forceinline__ void group_barrier(int group, int k_warps) {
