@@ -1,7 +1,4 @@
-// Every op of the Backend interface on the GPU against the CPU backend.
-#include <algorithm>
-#include <numeric>
-
+// The ops up to the logits, and memory, on the GPU against the CPU backend.
 #include "two_backends.h"
 
 namespace fastllm::test {
@@ -13,13 +10,6 @@ constexpr DType kBoth[] = {DType::F32, DType::BF16};
 
 double tolerance(DType t) { return t == DType::BF16 ? 1.0 / 64 : 1e-4; }
 
-void init(Backend& backend, int vocab, int slots = 64) {
-  StepLimits limits;
-  limits.max_tokens = 256, limits.max_slots = slots, limits.max_logit_rows = 64, limits.table_width = 20;
-  limits.block_size = 16, limits.vocab = vocab, limits.in_flight = 2;
-  backend.init_steps(limits);
-}
-
 TEST_F(BackendOps, test_embedding_positions_and_gathers) {
   for (const DType dtype : kBoth) {
     const Array table = Array(dtype, 50, 72).fill(random), positions = Array(DType::F32, 80, 72).fill(random);
@@ -28,7 +18,7 @@ TEST_F(BackendOps, test_embedding_positions_and_gathers) {
     const std::vector<StepRow> rows = {{0, 1, 63, SlotId{3}, false}, {1, 44, 10, SlotId{1}, false}};
     const std::vector<std::int32_t> last = {0, 20, 44}, picked = {44, 0, 7, 7};
     const auto run = [&](Side& side, int part) {
-      init(*side.backend, 50);
+      init_steps(*side.backend, 16, 50, 64, 2);
       const auto weight = side.backend->pack(host_matrix(table), dtype);
       StepInput input;
       input.tokens = ids, input.rows = rows, input.num_decode_rows = 1, input.logit_tokens = last;
@@ -212,7 +202,7 @@ TEST_F(BackendOps, test_rope_kv_write_and_attention) {
       }
       const auto run = [&](Side& s, int wanted) {
         Backend& b = *s.backend;
-        init(b, 10, 16);
+        init_steps(b, 16, 10, 16, 2);
         const Tensor pool = s.blank(dtype, blocks, shape.block_stride());
         const KvView kv = layer_view(pool.data, shape, 1);
         const NormSpec norm{c.norms ? NormKind::Rms : NormKind::None};
@@ -244,133 +234,6 @@ TEST_F(BackendOps, test_rope_kv_write_and_attention) {
       compare(what + ", prompts", tolerance(dtype), [&](Side& s) { return run(s, 0); });
       compare(what + ", decode row and chunk", tolerance(dtype), [&](Side& s) { return run(s, 1); });
       compare(what + ", pool", tolerance(dtype), [&](Side& s) { return run(s, 2); });
-    }
-  }
-}
-
-class BackendLogits : public TwoBackends {
- protected:
-  static constexpr int kVocab = 1003, kRows = 40;
-
-  // A decode row per logits row; `body` is called between begin_step and end_step.
-  template <class Body>
-  StepOutput step(Side& s, std::vector<SampleRow> sampling, Body&& body) {
-    std::vector<StepRow> rows;
-    std::vector<std::int32_t> last;
-    for (SampleRow& row : sampling) {
-      const auto i = static_cast<std::int32_t>(rows.size());
-      row.slot = SlotId{i};
-      rows.push_back({i, 1, 3, row.slot, false});
-      last.push_back(i);
-    }
-    const std::vector<TokenId> ids(rows.size(), 0);
-    StepInput input;
-    input.tokens = ids, input.rows = rows, input.num_decode_rows = static_cast<std::int32_t>(rows.size());
-    input.logit_tokens = last, input.sampling = sampling;
-    Step& begun = s.backend->begin_step(input);
-    body(begun);
-    s.backend->end_step(begun);
-    StepOutput out;
-    s.backend->wait_step(begun, out);
-    return out;
-  }
-  SampleRow random_row() {
-    SampleRow row;
-    row.temperature = 0.7f;
-    row.top_k = random.below(2) == 0 ? 0 : 20;
-    row.top_p = random.below(2) == 0 ? 1.0f : 0.8f;
-    row.min_p = random.below(2) == 0 ? 0.0f : 0.05f;
-    row.seed = random.bits();
-    row.position = random.below(100000);
-    return row;
-  }
-};
-
-TEST_F(BackendLogits, test_masks_biases_and_penalties) {
-  const Array logits = Array(DType::F32, kRows, kVocab).fill(random, 3.0f);
-  const std::vector<std::pair<std::int32_t, float>> bias = {{5, 1.5f}, {1002, -2.0f}};
-  const std::vector<std::int32_t> forbidden = {0, 77}, masked = {1, 17, 39};
-  std::vector<std::uint32_t> bits;
-  for (int i = 0; i < 3 * ((kVocab + 31) / 32); ++i) bits.push_back(static_cast<std::uint32_t>(random.bits()));
-  std::vector<SampleRow> rows(kRows);
-  for (int r = 0; r < kRows; ++r) {
-    SampleRow& row = rows[static_cast<std::size_t>(r)];
-    if (r % 3 == 0) row.logit_bias = bias;
-    if (r % 4 == 0) row.forbidden = forbidden;
-    row.penalised = r % 2 == 0;
-    if (!row.penalised) continue;
-    row.repetition_penalty = 1.3f;
-    row.presence_penalty = 0.5f;
-    row.frequency_penalty = 0.25f;
-  }
-  std::vector<TokenId> tokens;
-  for (int i = 0; i < 300; ++i) tokens.push_back(random.below(kVocab));
-  compare("masked and processed logits", 1e-5, [&](Side& s) {
-    init(*s.backend, kVocab);
-    for (int r = 0; r < kRows; r += 2) s.backend->init_counts(SlotId{r}, tokens, 120 + r);
-    const Tensor x = s.upload(logits);
-    step(s, rows, [&](Step& begun) {
-      s.backend->mask_logits(x, masked, bits);
-      s.backend->process_logits(x, begun);
-    });
-    return s.download(x);
-  });
-}
-
-TEST_F(BackendLogits, test_samples_are_the_cpu_backends) {
-  const Array logits = Array(DType::F32, kRows, kVocab).fill(random, 2.0f);
-  std::vector<SampleRow> greedy(kRows), mixed, plain;
-  for (SampleRow& row : greedy) row.temperature = 0;
-  for (int r = 0; r < kRows; ++r) {
-    mixed.push_back(random_row());
-    plain.push_back(mixed.back());
-    plain.back().top_k = 0, plain.back().top_p = 1, plain.back().min_p = 0;
-  }
-  const auto tokens = [&](Side& s, const std::vector<SampleRow>& rows) {
-    init(*s.backend, kVocab);
-    const Tensor x = s.upload(logits);
-    return step(s, rows, [&](Step& begun) { s.backend->sample(x, begun); }).tokens;
-  };
-  EXPECT_EQ(tokens(*gpu, greedy), tokens(*host, greedy)) << "seed " << test_seed();
-  for (const auto* rows : {&mixed, &plain}) {
-    const auto got = tokens(*gpu, *rows), want = tokens(*host, *rows);
-    ASSERT_EQ(got.size(), want.size());
-    int differ = 0;
-    for (std::size_t i = 0; i < got.size(); ++i) differ += got[i] != want[i];
-    EXPECT_LE(differ, 1) << "rounding decides between two tokens now and then, not this often; seed " << test_seed();
-  }
-}
-
-TEST_F(BackendLogits, test_logprobs_on_the_device_and_for_many_alternatives) {
-  const Array logits = Array(DType::F32, kRows, kVocab).fill(random, 2.0f);
-  std::vector<LogprobRequest> requests;
-  for (int i = 0; i < 150; ++i)
-    requests.push_back(
-        {random.below(kRows), random.below(kVocab), random.below(6) * 8, i % 3 == 0 ? random.below(kRows) : -1});
-  const auto run = [&](Side& s) {
-    init(*s.backend, kVocab);
-    const Tensor x = s.upload(logits);
-    std::vector<SampleRow> greedy(kRows);
-    for (SampleRow& row : greedy) row.temperature = 0;
-    return step(s, greedy,
-                [&](Step& begun) {
-                  s.backend->sample(x, begun);
-                  s.backend->topk_logprobs(x, begun, std::span(requests).first(100));
-                  s.backend->topk_logprobs(x, begun, std::span(requests).subspan(100));
-                })
-        .logprobs;
-  };
-  const auto got = run(*gpu), want = run(*host);
-  ASSERT_EQ(got.size(), requests.size());
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    SCOPED_TRACE("request " + std::to_string(i) + " seed " + std::to_string(test_seed()));
-    EXPECT_EQ(got[i].token, want[i].token);
-    EXPECT_EQ(got[i].rank, want[i].rank);
-    EXPECT_NEAR(got[i].logprob, want[i].logprob, 1e-4);
-    ASSERT_EQ(got[i].top.size(), want[i].top.size());
-    for (std::size_t k = 0; k < got[i].top.size(); ++k) {
-      EXPECT_EQ(got[i].top[k].first, want[i].top[k].first) << k;
-      EXPECT_NEAR(got[i].top[k].second, want[i].top[k].second, 1e-4) << k;
     }
   }
 }

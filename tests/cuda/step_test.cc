@@ -2,14 +2,13 @@
 #include "steps.h"
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <limits>
-#include <map>
+#include <memory>
 #include <thread>
 
 #include "device.h"
-#include "graph_cache.h"
+#include "made_step.h"
 #include "update_inputs.h"
 
 namespace fastllm::test {
@@ -28,57 +27,6 @@ std::vector<T> fetch(const T* device, std::size_t n, cudaStream_t stream) {
   cuda::check(cudaStreamSynchronize(stream), "fetch");
   return host;
 }
-
-// A step and all that its StepInput borrows.
-struct Made {
-  std::vector<TableSet> table_sets;
-  std::vector<TokenId> tokens;
-  std::vector<StepRow> rows;
-  std::vector<std::int32_t> logit_tokens;
-  std::vector<std::vector<std::pair<std::int32_t, float>>> biases;
-  std::vector<std::vector<std::int32_t>> forbidden;
-  std::vector<SampleRow> sampling;
-  int num_decode_rows = 0, padded_rows = 0;
-
-  void add_row(Random& random, int slot, int num_tokens, int first_pos, bool samples, bool from_slot) {
-    rows.push_back({static_cast<std::int32_t>(tokens.size()), num_tokens, first_pos, SlotId{slot}, from_slot});
-    for (int k = 0; k < num_tokens; ++k) tokens.push_back(from_slot ? -7 : random.below(1000));
-    if (!samples) return;
-    logit_tokens.push_back(static_cast<std::int32_t>(tokens.size()) - 1);
-    SampleRow row;
-    row.slot = SlotId{slot};
-    row.temperature = random.below(3) == 0 ? 0.0f : 0.5f + 0.1f * static_cast<float>(random.below(10));
-    row.top_k = random.below(5);
-    row.top_p = random.below(2) == 0 ? 1.0f : 0.9f;
-    row.min_p = random.below(2) == 0 ? 0.0f : 0.1f;
-    row.repetition_penalty = 1.5f;
-    row.presence_penalty = 0.25f;
-    row.frequency_penalty = 0.125f;
-    row.penalised = random.below(2) == 0;
-    row.seed = random.bits();
-    row.position = first_pos + num_tokens;
-    sampling.push_back(row);
-    auto& bias = biases.emplace_back();
-    for (int i = random.below(4); i > 0; --i) bias.emplace_back(random.below(1000), random.normal());
-    auto& ids = forbidden.emplace_back();
-    for (int i = random.below(3); i > 0; --i) ids.push_back(random.below(1000));
-  }
-  StepInput input() {
-    for (std::size_t i = 0; i < sampling.size(); ++i) {
-      sampling[i].logit_bias = biases[i];
-      sampling[i].forbidden = forbidden[i];
-    }
-    StepInput in;
-    in.table_sets = table_sets;
-    in.tokens = tokens;
-    in.rows = rows;
-    in.num_decode_rows = num_decode_rows;
-    in.padded_rows = padded_rows;
-    in.logit_tokens = logit_tokens;
-    in.sampling = sampling;
-    return in;
-  }
-};
 
 class StepTest : public CudaTest {
  protected:
@@ -115,8 +63,8 @@ class StepTest : public CudaTest {
     last_token.assign(kSlots, 0);
   }
   // Decode rows in distinct slots, then prefill rows, with table sets of which some repeat an entry.
-  Made random_step(int decode_rows, int prefill_rows) {
-    Made made;
+  MadeStep random_step(int decode_rows, int prefill_rows) {
+    MadeStep made;
     std::vector<int> slots(kSlots);
     for (int i = 0; i < kSlots; ++i) slots[static_cast<std::size_t>(i)] = i;
     std::shuffle(slots.begin(), slots.end(), std::mt19937(static_cast<unsigned>(random.bits())));
@@ -131,7 +79,7 @@ class StepTest : public CudaTest {
       made.table_sets.push_back({SlotId{random.below(3)}, random.below(10), BlockId{random.below(1 << 30)}});
     return made;
   }
-  void check(CudaStep& step, const Made& made) {
+  void check(CudaStep& step, const MadeStep& made) {
     const std::size_t rows = std::max<std::size_t>(made.rows.size(), static_cast<std::size_t>(made.padded_rows));
     const std::size_t tokens = std::max<std::size_t>(made.tokens.size(), static_cast<std::size_t>(made.padded_rows));
     ASSERT_EQ(step.view.num_tokens, static_cast<int>(tokens));
@@ -175,7 +123,7 @@ class StepTest : public CudaTest {
           << "slot " << i / kWidth << " entry " << i % kWidth;
     check_sampling(step, made);
   }
-  void check_sampling(CudaStep& step, const Made& made) {
+  void check_sampling(CudaStep& step, const MadeStep& made) {
     ASSERT_EQ(step.num_sampled, static_cast<int>(made.logit_tokens.size()));
     ASSERT_EQ(step.num_logit_rows, std::max(step.num_sampled, made.padded_rows));
     const auto n = static_cast<std::size_t>(step.num_logit_rows);
@@ -232,7 +180,7 @@ class StepTest : public CudaTest {
     StepOutput out;
     StepRing::wait(step, out);
   }
-  void run(Made& made) {
+  void run(MadeStep& made) {
     CudaStep& step = ring->begin(made.input(), *staging);
     check(step, made);
     finish(step);
@@ -252,7 +200,7 @@ TEST_F(StepTest, test_inputs_of_random_steps_arrive) {
   for (int i = 0; i < 60; ++i) {
     SCOPED_TRACE("step " + std::to_string(i));
     const int decode_rows = random.below(kSlots - 4);
-    Made made = random_step(decode_rows, decode_rows == 0 ? 1 + random.below(4) : random.below(5));
+    MadeStep made = random_step(decode_rows, decode_rows == 0 ? 1 + random.below(4) : random.below(5));
     run(made);
     if (HasFatalFailure()) return;
   }
@@ -263,20 +211,20 @@ TEST_F(StepTest, test_padding_has_no_effect) {
     for (const int padding : {0, 1, 3}) {
       if (rows + padding > kSlots) continue;
       SCOPED_TRACE(std::to_string(rows) + " rows and " + std::to_string(padding) + " of padding");
-      Made made = random_step(rows, 0);
+      MadeStep made = random_step(rows, 0);
       made.padded_rows = rows + padding;
       run(made);
       if (HasFatalFailure()) return;
     }
   }
-  Made nothing;  // as recordings are made
+  MadeStep nothing;  // as recordings are made
   nothing.padded_rows = 7;
   run(nothing);
 }
 
 TEST_F(StepTest, test_deterministic_steps_have_no_decode_rows) {
   make(1, true);
-  Made made = random_step(5, 2);
+  MadeStep made = random_step(5, 2);
   CudaStep& step = ring->begin(made.input(), *staging);
   EXPECT_EQ(step.view.num_decode_rows, 0);
   EXPECT_GT(step.prefill_plan.bytes, 0u);
@@ -285,28 +233,28 @@ TEST_F(StepTest, test_deterministic_steps_have_no_decode_rows) {
 }
 
 TEST_F(StepTest, test_the_last_of_equal_table_sets_wins) {
-  Made made = random_step(1, 0);
+  MadeStep made = random_step(1, 0);
   made.table_sets.clear();
   for (int i = 0; i < 1000; ++i) made.table_sets.push_back({SlotId{2}, i % 7, BlockId{i + 1}});
   run(made);
 }
 
 TEST_F(StepTest, test_more_table_sets_and_biases_than_the_ring_holds) {
-  Made made = random_step(8, 1);
+  MadeStep made = random_step(8, 1);
   for (int i = 0; i < 20000; ++i)
     made.table_sets.push_back({SlotId{random.below(kSlots)}, random.below(kWidth), BlockId{random.below(1 << 30)}});
   for (int i = 0; i < 9000; ++i)
     made.biases[static_cast<std::size_t>(i % 8)].emplace_back(random.below(1000), random.normal());
   run(made);
-  Made after = random_step(3, 1);
+  MadeStep after = random_step(3, 1);
   run(after);
 }
 
 TEST_F(StepTest, test_steps_over_the_limits_are_refused) {
-  Made tokens;
+  MadeStep tokens;
   tokens.add_row(random, 0, 501, 0, true, false);
   EXPECT_THROW(ring->begin(tokens.input(), *staging), InvalidArgument);
-  Made entry = random_step(1, 0);
+  MadeStep entry = random_step(1, 0);
   entry.table_sets.push_back({SlotId{0}, kWidth, BlockId{1}});
   EXPECT_THROW(ring->begin(entry.input(), *staging), InvalidArgument);
   entry.table_sets.back() = {SlotId{kSlots}, 0, BlockId{1}};
@@ -318,14 +266,14 @@ TEST_F(StepTest, test_steps_in_flight_keep_their_inputs) {
   constexpr int kSteps = 12, kRows = 20;
   auto copies = cuda::allocate_pinned(kSteps * kRows * sizeof(TokenId));
   auto* seen = cuda::data_as<TokenId>(*copies);
-  std::vector<Made> made;
+  std::vector<MadeStep> made;
   std::vector<CudaStep*> steps;
   StepOutput out;
   for (std::size_t i = 0; i < kSteps; ++i) {
     cuda::check(cudaLaunchHostFunc(
                     stream, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(3)); }, nullptr),
                 "cudaLaunchHostFunc");
-    Made& m = made.emplace_back();
+    MadeStep& m = made.emplace_back();
     for (int r = 0; r < kRows; ++r) m.add_row(random, r, 1, 5, false, false);
     m.num_decode_rows = kRows;
     if (i >= 2) StepRing::wait(*steps[i - 2], out);
@@ -343,7 +291,7 @@ TEST_F(StepTest, test_steps_in_flight_keep_their_inputs) {
 }
 
 TEST_F(StepTest, test_committed_tokens_are_the_next_inputs) {
-  Made made = random_step(6, 2);
+  MadeStep made = random_step(6, 2);
   CudaStep& step = ring->begin(made.input(), *staging);
   const auto n = static_cast<std::size_t>(step.num_sampled);
   std::vector<TokenId> tokens;
@@ -357,7 +305,7 @@ TEST_F(StepTest, test_committed_tokens_are_the_next_inputs) {
   StepOutput out;
   StepRing::wait(step, out);
   EXPECT_EQ(out.tokens, tokens);
-  Made next;
+  MadeStep next;
   for (std::size_t i = 0; i < n; ++i) {
     const SlotId slot = made.sampling[i].slot;
     last_token[index(slot)] = tokens[i];
@@ -389,16 +337,6 @@ TEST_F(StepTest, test_staged_bytes_survive_until_they_are_read) {
     ASSERT_TRUE(
         std::equal(pieces[i].begin(), pieces[i].end(), seen.begin() + static_cast<std::ptrdiff_t>(i * kLongest)))
         << "piece " << i << " of " << pieces[i].size() << " bytes, seed " << test_seed();
-}
-
-TEST(GraphSizes, test_sizes_grow_finely_and_end_at_the_most_rows) {
-  EXPECT_EQ(cuda::decode_graph_sizes(0), (std::vector<int>{}));
-  EXPECT_EQ(cuda::decode_graph_sizes(1), (std::vector<int>{1}));
-  EXPECT_EQ(cuda::decode_graph_sizes(6), (std::vector<int>{1, 2, 4, 6}));
-  EXPECT_EQ(cuda::decode_graph_sizes(24), (std::vector<int>{1, 2, 4, 8, 16, 24}));
-  const auto sizes = cuda::decode_graph_sizes(300);
-  EXPECT_EQ(sizes.size(), 3 + 32 + 2);
-  EXPECT_EQ(std::vector<int>(sizes.end() - 3, sizes.end()), (std::vector<int>{256, 288, 300}));
 }
 
 }  // namespace
