@@ -299,7 +299,8 @@ struct Consumer {
         *reinterpret_cast<uint4*>(p.out + r.token * p.ldo + r.head * D + chunk * 8) =
             *reinterpret_cast<const uint4*>(tile + chunk_offset(row, chunk));
     }
-    release(shared.q_ring, q_turn);
+    // Every lane arrives: each one's own loads and stores of the tile come before the producer's next copies.
+    mbarrier_arrive(&shared.q_ring.empty[q_turn & 1]);
   }
 };
 
@@ -311,7 +312,8 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_sm90_kernel(const __grid_
     for (Ring* ring : {&shared.q_ring, &shared.k_ring, &shared.v_ring})
       for (int i = 0; i < 2; ++i) {
         mbarrier_init(&ring->full[i], kGroupThreads);
-        mbarrier_init(&ring->empty[i], kConsumers * kGroupThreads / 32);  // one lane of each warp arrives
+        // Only wgmma reads K and V: one lane of each warp arrives. For Q, see store().
+        mbarrier_init(&ring->empty[i], kConsumers * kGroupThreads / (ring == &shared.q_ring ? 1 : 32));
       }
     mbarrier_init_done();
   }
