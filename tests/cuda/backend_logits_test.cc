@@ -8,27 +8,12 @@ class BackendLogits : public TwoBackends {
  protected:
   static constexpr int kVocab = 1003, kRows = 40;
 
-  // A decode row per logits row; `body` is called between begin_step and end_step.
+  // Row i of the logits belongs to slot i; `body` is called between begin_step and end_step.
   template <class Body>
-  StepOutput step(Side& s, std::vector<SampleRow> sampling, Body&& body) {
-    std::vector<StepRow> rows;
-    std::vector<std::int32_t> last;
-    for (SampleRow& row : sampling) {
-      const auto i = static_cast<std::int32_t>(rows.size());
-      row.slot = SlotId{i};
-      rows.push_back({i, 1, 3, row.slot, false});
-      last.push_back(i);
-    }
-    const std::vector<TokenId> ids(rows.size(), 0);
-    StepInput input;
-    input.tokens = ids, input.rows = rows, input.num_decode_rows = static_cast<std::int32_t>(rows.size());
-    input.logit_tokens = last, input.sampling = sampling;
-    Step& begun = s.backend->begin_step(input);
+  StepOutput step(Side& s, const std::vector<SampleRow>& sampling, Body&& body) {
+    Step& begun = begin_sampling(*s.backend, sampling);
     body(begun);
-    s.backend->end_step(begun);
-    StepOutput out;
-    s.backend->wait_step(begun, out);
-    return out;
+    return finish(*s.backend, begun);
   }
   SampleRow random_row() {
     SampleRow row;

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "backend/exact_activation.h"
 #include "check_rows.h"
 
 namespace fastllm::test {
@@ -26,20 +27,6 @@ struct Shape {
 };
 constexpr Shape kShapes[] = {{1, 1, 0},  {1, 32, 0},   {3, 100, 3},  {2, 576, 0},    {5, 64, 8},
                              {7, 33, 1}, {1, 8192, 0}, {2, 2052, 4}, {130, 1536, 16}};
-
-double activated(double x, Activation act) {
-  switch (act) {
-    case Activation::Silu:
-      return x / (1.0 + std::exp(-x));
-    case Activation::Gelu:
-      return 0.5 * x * std::erfc(-x * std::sqrt(0.5));
-    case Activation::GeluTanh:
-      return x / (1.0 + std::exp(-2.0 * std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::Relu:
-      return x > 0 ? x : 0;
-  }
-  return NAN;
-}
 
 // A matrix whose first elements are the hard ones: zeros, far tails, large values.
 Array activation_inputs(Random& random, DType dtype, std::int64_t rows, std::int64_t cols) {
@@ -67,7 +54,7 @@ TEST_F(CudaElementwise, ActivationsFollowTheirFormulas) {
         const Array got = changed(
             x, [&](const DeviceMatrix& d) { cuda::act(d.data(), s.cols + s.pad, s.rows, s.cols, dtype, act, stream); });
         expect_rows(act_name(act), x, got, s.rows, s.cols, tolerance_of(dtype),
-                    [&](auto r, auto c) { return activated(x.get(r, c), act); });
+                    [&](auto r, auto c) { return exact_activation(x.get(r, c), act); });
       }
     }
   }
@@ -88,7 +75,7 @@ TEST_F(CudaElementwise, GatedActivationsMultiply) {
                           stream);
         });
         expect_rows("gated " + act_name(act), before, got, s.rows, s.cols, tolerance_of(dtype),
-                    [&](auto r, auto c) { return activated(in.get(r, c), act) * in.get(r, s.cols + c); });
+                    [&](auto r, auto c) { return exact_activation(in.get(r, c), act) * in.get(r, s.cols + c); });
       }
     }
   }

@@ -1,4 +1,5 @@
 // Norms, activations, rotary embeddings with the KV write, and the small moves, against scalar fp64.
+#include "exact_activation.h"
 #include "op_testing.h"
 
 namespace fastllm::test {
@@ -54,20 +55,6 @@ TEST_P(Elementwise, add_norm_equals_add_then_norm) {
   }
 }
 
-double act_of(Activation act, double x) {
-  switch (act) {
-    case Activation::Silu:
-      return x / (1.0 + std::exp(-x));
-    case Activation::Gelu:
-      return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-    case Activation::GeluTanh:
-      return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::Relu:
-      return std::max(x, 0.0);
-  }
-  return 0;
-}
-
 TEST_P(Elementwise, activations_match_fp64) {
   for (const Activation act : {Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu}) {
     for (const DType dtype : {DType::F32, DType::BF16}) {
@@ -82,7 +69,7 @@ TEST_P(Elementwise, activations_match_fp64) {
         backend->act(plain.tensor(), act);
         for (std::int64_t r = 0; r < rows; ++r) {
           for (std::int64_t c = 0; c < inner; ++c) {
-            const double want = act_of(act, gate_up.get(r, c));
+            const double want = exact_activation(gate_up.get(r, c), act);
             ASSERT_TRUE(close(out.get(r, c), want * gate_up.get(r, c + inner), tolerance_of(dtype)))
                 << out.get(r, c) << " for " << gate_up.get(r, c);
             ASSERT_TRUE(close(plain.get(r, c), want, tolerance_of(dtype))) << plain.get(r, c);

@@ -116,6 +116,33 @@ inline Step& begin_step(Backend& backend, std::span<const StepRow> rows, std::sp
   return backend.begin_step(input);
 }
 
+// A step of decode rows, row i in slot i, that samples as `rows` say.
+inline Step& begin_sampling(Backend& backend, std::vector<SampleRow> rows) {
+  std::vector<StepRow> step_rows;
+  std::vector<std::int32_t> last;
+  for (SampleRow& row : rows) {
+    const auto i = static_cast<std::int32_t>(last.size());
+    row.slot = SlotId{i};
+    step_rows.push_back({i, 1, 3, row.slot, false});
+    last.push_back(i);
+  }
+  const std::vector<TokenId> ids(rows.size(), 0);
+  StepInput input;
+  input.tokens = ids;
+  input.rows = step_rows;
+  input.num_decode_rows = static_cast<std::int32_t>(rows.size());
+  input.logit_tokens = last;
+  input.sampling = rows;
+  return backend.begin_step(input);
+}
+
+inline StepOutput finish(Backend& backend, Step& step) {
+  backend.end_step(step);
+  StepOutput out;
+  backend.wait_step(step, out);
+  return out;
+}
+
 // |got - want| <= tolerance * (1 + |want|); false for NaN.
 inline bool close(float got, double want, double tolerance) {
   return std::abs(static_cast<double>(got) - want) <= tolerance * (1.0 + std::abs(want));

@@ -12,35 +12,10 @@ class Sampling : public OpTest {
  protected:
   static constexpr int kSlots = 64;
   void start(std::int64_t vocab) { init_steps(*backend, 16, static_cast<int>(vocab), kSlots, 2); }
-  // A step of decode rows, row i in slot i.
-  Step& begin(std::vector<SampleRow> rows) {
-    std::vector<StepRow> step_rows;
-    std::vector<std::int32_t> last;
-    for (SampleRow& row : rows) {
-      const auto i = static_cast<std::int32_t>(last.size());
-      row.slot = SlotId{i};
-      step_rows.push_back({i, 1, 0, row.slot, false});
-      last.push_back(i);
-    }
-    const std::vector<TokenId> ids(rows.size(), 0);
-    StepInput input;
-    input.tokens = ids;
-    input.rows = step_rows;
-    input.num_decode_rows = static_cast<std::int32_t>(rows.size());
-    input.logit_tokens = last;
-    input.sampling = rows;
-    return backend->begin_step(input);
-  }
-  StepOutput end(Step& step) {
-    backend->end_step(step);
-    StepOutput out;
-    backend->wait_step(step, out);
-    return out;
-  }
   std::vector<TokenId> sample(const Array& logits, const std::vector<SampleRow>& rows) {
-    Step& step = begin(rows);
+    Step& step = begin_sampling(*backend, rows);
     backend->sample(logits.tensor(), step);
-    return end(step).tokens;
+    return finish(*backend, step).tokens;
   }
   // Tokens drawn from one row of logits at positions 0, 1, ...
   std::map<TokenId, int> draws(const Array& logits, SampleRow row, int n) {
@@ -203,7 +178,7 @@ TEST_P(Sampling, process_logits_matches_the_oracle_and_counts_the_sample) {
     std::vector<std::int32_t> forbidden = {7, 8};
     row.logit_bias = bias;
     row.forbidden = forbidden;
-    Step& step = begin({row, greedy});
+    Step& step = begin_sampling(*backend, {row, greedy});
     // The step keeps what the rows borrowed.
     std::fill(bias.begin(), bias.end(), std::pair<std::int32_t, float>{0, 1e9f});
     std::fill(forbidden.begin(), forbidden.end(), 100);
@@ -228,7 +203,7 @@ TEST_P(Sampling, process_logits_matches_the_oracle_and_counts_the_sample) {
     const Array processed = logits;
     backend->sample(logits.tensor(), step);
     EXPECT_TRUE(logits.same_row(0, processed, 0));
-    const auto out = end(step).tokens;
+    const auto out = finish(*backend, step).tokens;
     EXPECT_EQ(out[0], std::max_element(want.begin(), want.end()) - want.begin());
     tokens.push_back(out[0]);
   }
@@ -242,14 +217,14 @@ TEST_P(Sampling, logprobs_ranks_and_alternatives_match_fp64) {
   start(vocab);
   SampleRow greedy;
   greedy.temperature = 0;
-  Step& step = begin({greedy, greedy, greedy});
+  Step& step = begin_sampling(*backend, {greedy, greedy, greedy});
   backend->sample(logits.tensor(), step);
   std::vector<LogprobRequest> requests = {{0, 5, 0, -1},    {1, 4000, 5, -1}, {2, 5002, 20, -1},
                                           {0, 1, 6000, -1}, {1, 0, 3, 1},     {2, 0, 0, 0}};
   // In two calls: results of a step follow each other.
   backend->topk_logprobs(logits.tensor(), step, std::span(requests).first(2));
   backend->topk_logprobs(logits.tensor(), step, std::span(requests).subspan(2));
-  const StepOutput output = end(step);
+  const StepOutput output = finish(*backend, step);
   const auto& out = output.logprobs;
   ASSERT_EQ(out.size(), requests.size());
   requests[4].token = 17;

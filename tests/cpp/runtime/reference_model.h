@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/exact_activation.h"
 #include "model/rope.h"
 #include "model_fixture.h"
 
@@ -43,20 +44,6 @@ inline Row linear(const TestModel& m, const std::string& name, const Row& x) {
     for (std::size_t i = 0; i < x.size(); ++i) y[o] += static_cast<double>(w[o * x.size() + i]) * x[i];
   }
   return y;
-}
-
-inline double activate(Activation a, double x) {
-  switch (a) {
-    case Activation::Silu:
-      return x / (1 + std::exp(-x));
-    case Activation::Gelu:
-      return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
-    case Activation::GeluTanh:
-      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::Relu:
-      return std::max(x, 0.0);
-  }
-  return x;
 }
 
 inline void rotate(double* head, const RopeSpec& rope, const float* cos_sin) {
@@ -119,7 +106,8 @@ inline Rows attention(const TestModel& m, const std::string& at, const AttnSpec&
 inline Row feed_forward(const TestModel& m, const std::string& at, const MlpSpec& f, const Row& in) {
   Row up = linear(m, at + (f.gated ? "gate_up" : "up"), in);
   const auto inner = static_cast<std::size_t>(f.inner);
-  for (std::size_t i = 0; i < inner; ++i) up[i] = activate(f.act, up[i]) * (f.gated ? up[inner + i] : 1.0);
+  for (std::size_t i = 0; i < inner; ++i)
+    up[i] = test::exact_activation(up[i], f.act) * (f.gated ? up[inner + i] : 1.0);
   up.resize(inner);
   return linear(m, at + "down", up);
 }
