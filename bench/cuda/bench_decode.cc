@@ -10,22 +10,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
-#include "attention/attention.h"
-#include "check.h"
-#include "gpu_timing.h"
+#include "paged_attention.h"
 
 namespace fastllm::bench {
 namespace {
 
 using cuda::check;
 using cuda::DeviceRow;
-
-constexpr int kBlockSize = 16;
 
 struct Shape {
   const char* name;
@@ -81,33 +75,17 @@ constexpr Shape kGenericShapes[] = {
     {"64x512", 64, 512},
 };
 
-template <class T>
-class Upload {
- public:
-  explicit Upload(const std::vector<T>& host) : memory_(host.size() * sizeof(T), 1) {
-    check(cudaMemcpy(memory_.at(0), host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-  T* get() const { return memory_.as<T>(0); }
-
- private:
-  Rotation memory_;
-};
-
 enum class Copies { BeyondL2, Four };
 
 void run(benchmark::State& state, const Shape& s, Copies copies, bool generic) {
   try {
-    cudaDeviceProp properties;
-    check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
     std::vector<std::int32_t> lengths(static_cast<std::size_t>(s.rows), s.length);
     if (s.first_length > 0) lengths[0] = s.first_length;
 
-    cuda::AttentionLimits limits;
+    cuda::AttentionLimits limits = device_limits();
     limits.max_rows = std::max(s.rows, 256);
     limits.max_tokens = limits.max_rows;
     limits.max_len = *std::max_element(lengths.begin(), lengths.end());
-    limits.num_sms = properties.multiProcessorCount;
-    limits.capability = properties.major * 10 + properties.minor;
     limits.window = s.window;
 
     const int width = (limits.max_len + kBlockSize - 1) / kBlockSize;
@@ -122,14 +100,12 @@ void run(benchmark::State& state, const Shape& s, Copies copies, bool generic) {
       blocks += (n + kBlockSize - 1) / kBlockSize;
       read_positions += s.window > 0 ? std::min(n, s.window) : n;
     }
-    std::vector<std::int32_t> order(static_cast<std::size_t>(blocks));
-    std::iota(order.begin(), order.end(), 0);
-    if (!s.in_order) std::shuffle(order.begin(), order.end(), std::mt19937(1));
+    const std::vector<BlockId> pool_blocks = blocks_of_pool(blocks, s.in_order);
     std::vector<BlockId> tables(static_cast<std::size_t>(s.rows) * static_cast<std::size_t>(width), BlockId{0});
-    auto next = order.begin();
+    auto next = pool_blocks.begin();
     for (std::size_t r = 0; r < lengths.size(); ++r)
       for (int b = 0; b < (lengths[r] + kBlockSize - 1) / kBlockSize; ++b)
-        tables[r * static_cast<std::size_t>(width) + static_cast<std::size_t>(b)] = BlockId{*next++};
+        tables[r * static_cast<std::size_t>(width) + static_cast<std::size_t>(b)] = *next++;
 
     std::vector<std::byte> plan(cuda::decode_plan_bytes(limits));
     cuda::write_decode_plan(lengths, limits, plan.data());

@@ -7,22 +7,16 @@
 // 0.6.14 (FA2 kernels) and FlashAttention-3 (in vLLM 0.26) took for the same on an H100.
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "attention/prefill_plan.h"
-#include "check.h"
-#include "gpu_timing.h"
+#include "paged_attention.h"
 
 namespace fastllm::bench {
 namespace {
 
-using cuda::check;
 using cuda::DeviceRow;
-
-constexpr int kBlockSize = 16;
 
 struct Shape {
   const char* name;
@@ -49,39 +43,14 @@ constexpr Shape kShapes[] = {
     {"fp8_1x8192", 1, 0, 8192, 32, 8, 128, DType::F8E4M3},
 };
 
-template <class T>
-class Upload {
- public:
-  explicit Upload(const std::vector<T>& host) {
-    check(cudaMalloc(reinterpret_cast<void**>(&data_), std::max<std::size_t>(host.size() * sizeof(T), 16)),
-          "cudaMalloc");
-    check(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-  ~Upload() { cudaFree(data_); }
-  Upload(const Upload&) = delete;
-  Upload& operator=(const Upload&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-};
-
 struct Problem {
   explicit Problem(const Shape& s) {
-    cudaDeviceProp properties;
-    check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
     limits.max_rows = s.sequences;
     limits.max_tokens = s.sequences * s.tokens;
     limits.max_len = s.prefix + s.tokens;
-    limits.num_sms = properties.multiProcessorCount;
-    limits.capability = properties.major * 10 + properties.minor;
     table_width = (limits.max_len + kBlockSize - 1) / kBlockSize;
     for (int i = 0; i < s.sequences; ++i) rows.push_back({i * s.tokens, s.tokens, s.prefix, i});
-    tables.resize(static_cast<std::size_t>(s.sequences * table_width));
-    std::vector<int> order(tables.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::shuffle(order.begin(), order.end(), std::mt19937(1));
-    std::transform(order.begin(), order.end(), tables.begin(), [](int b) { return BlockId{b}; });
+    tables = blocks_of_pool(s.sequences * table_width);
     plan_bytes.resize(cuda::prefill_plan_bytes(limits));
     plan = cuda::write_prefill_plan(rows, 0, limits, plan_bytes.data(), nullptr);
 
@@ -92,7 +61,7 @@ struct Problem {
     work = {q_bytes + static_cast<double>(pool_bytes), q_bytes, 4.0 * pairs * s.heads * s.head_dim};
   }
 
-  cuda::AttentionLimits limits;
+  cuda::AttentionLimits limits = device_limits();
   int table_width = 0;
   std::vector<DeviceRow> rows;
   std::vector<BlockId> tables;
