@@ -16,6 +16,36 @@ const CudaOptions& checked(const CudaOptions& options) {
   return options;
 }
 
+NormCall norm_call(const Tensor& out, const Tensor& x, const NormSpec& spec, const float* weight, const float* bias) {
+  NormCall call;
+  call.x = x.data;
+  call.out = out.data;
+  call.rows = x.rows();
+  call.cols = x.cols();
+  call.ldx = x.stride[0];
+  call.ldo = out.stride[0];
+  call.x_dtype = x.dtype;
+  call.out_dtype = out.dtype;
+  call.kind = spec.kind;
+  call.eps = spec.eps;
+  call.weight = weight;
+  call.bias = bias;
+  return call;
+}
+
+GemmCall gemm_call(const Tensor& out, const Tensor& x, const PackedWeight& w, const float* bias) {
+  GemmCall call;
+  call.out = out.data;
+  call.out_dtype = out.dtype;
+  call.ldo = out.stride[0];
+  call.x = x.data;
+  call.ldx = x.stride[0];
+  call.m = x.rows();
+  call.w = view_of(w);
+  call.bias = bias;
+  return call;
+}
+
 }  // namespace
 
 std::unique_ptr<Backend> make_backend(const CudaOptions& options) { return std::make_unique<CudaBackend>(options); }
@@ -156,39 +186,14 @@ void CudaBackend::add_positions(const Tensor& x, const Step& step, const Tensor&
 
 void CudaBackend::norm(const Tensor& out, const Tensor& x, const NormSpec& spec, const float* weight,
                        const float* bias) {
-  NormCall call;
-  call.x = x.data;
-  call.out = out.data;
-  call.rows = x.rows();
-  call.cols = x.cols();
-  call.ldx = x.stride[0];
-  call.ldo = out.stride[0];
-  call.x_dtype = x.dtype;
-  call.out_dtype = out.dtype;
-  call.kind = spec.kind;
-  call.eps = spec.eps;
-  call.weight = weight;
-  call.bias = bias;
-  cuda::norm(call, stream_.get());
+  cuda::norm(norm_call(out, x, spec, weight, bias), stream_.get());
 }
 
 void CudaBackend::add_norm(const Tensor& out, const Tensor& residual, const Tensor& delta, const NormSpec& spec,
                            const float* weight, const float* bias) {
-  NormCall call;
-  call.x = residual.data;
+  NormCall call = norm_call(out, residual, spec, weight, bias);
   call.delta = delta.ptr<float>();
-  call.out = out.data;
-  call.rows = residual.rows();
-  call.cols = residual.cols();
-  call.ldx = residual.stride[0];
   call.ldd = delta.stride[0];
-  call.ldo = out.stride[0];
-  call.x_dtype = residual.dtype;
-  call.out_dtype = out.dtype;
-  call.kind = spec.kind;
-  call.eps = spec.eps;
-  call.weight = weight;
-  call.bias = bias;
   cuda::norm(call, stream_.get());
 }
 
@@ -205,15 +210,7 @@ void CudaBackend::tune(const WeightView& w, DType out_dtype, bool accumulate, st
 
 void CudaBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& w, const float* bias,
                          bool accumulate) {
-  GemmCall call;
-  call.out = out.data;
-  call.out_dtype = out.dtype;
-  call.ldo = out.stride[0];
-  call.x = x.data;
-  call.ldx = x.stride[0];
-  call.m = x.rows();
-  call.w = view_of(w);
-  call.bias = bias;
+  GemmCall call = gemm_call(out, x, w, bias);
   call.accumulate = accumulate;
   assert(x.dtype == call.w.dtype && x.cols() == call.w.k && out.cols() == call.w.n);
   tune(call.w, out.dtype, accumulate, call.m);
@@ -222,15 +219,7 @@ void CudaBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight&
 
 void CudaBackend::gated_linear(const Tensor& out, const Tensor& scratch, const Tensor& x, const PackedWeight& w,
                                const float* bias, Activation act) {
-  GemmCall call;
-  call.out = out.data;
-  call.out_dtype = out.dtype;
-  call.ldo = out.stride[0];
-  call.x = x.data;
-  call.ldx = x.stride[0];
-  call.m = x.rows();
-  call.w = view_of(w);
-  call.bias = bias;
+  GemmCall call = gemm_call(out, x, w, bias);
   tune(call.w, scratch.dtype, false, call.m);
   if (gemm_.run_gated(call, static_cast<int>(act), stream_.get())) return;
   linear(scratch, x, w, bias, false);
