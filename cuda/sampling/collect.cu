@@ -10,6 +10,7 @@
 // Benchmark: fastllm_bench_cuda --benchmark_filter=Sample
 #include "launch.cuh"
 #include "sampling/draw.cuh"
+#include "sampling/found_list.cuh"
 #include "sampling/row_filter.cuh"
 #include "sampling/shared_sum.cuh"
 #include "sampling/stages.h"
@@ -65,9 +66,8 @@ __device__ __forceinline__ float bins_to_a_unit(const uint4& groups, float bound
 
 __global__ void __launch_bounds__(kScanThreads, 4) collect_rows(SampleStages s) {
   __shared__ Ranked of_warps[kWarps];
-  __shared__ Ranked found[kListCapacity];
+  __shared__ FoundList found;
   __shared__ int counts[2][kWarps];
-  __shared__ std::uint32_t num_found, list_begin;
   __shared__ union {
     DrawScratch<kScanThreads> draw;
     SharedSums<kBins> bins;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kScanThreads, 4) collect_rows(SampleStages s) 
   const RowKind kind = kind_of(row, vocab);
   if (kind != RowKind::MinP && kind != RowKind::Listed) return;
   const std::int64_t row_parts = static_cast<std::int64_t>(r) * s.parts;
-  if (thread == 0) num_found = 0;
+  if (thread == 0) found.clear();
   const Ranked top = block_max<kScanThreads>(thread < s.parts ? s.best[row_parts + thread] : 0, of_warps);
   const float max = value_of_key(key_of(top));
   const bool drawable = top != 0 && isfinite(max);
@@ -108,9 +108,7 @@ __global__ void __launch_bounds__(kScanThreads, 4) collect_rows(SampleStages s) 
   const Mass mass{max, 1.0f / row.temperature};
   std::uint64_t sum = 0;
   const auto list = [&](float x, int id) {
-    if (!(x >= from)) return;
-    const std::uint32_t at = atomicAdd(&num_found, 1u);
-    if (at < kListCapacity) found[at] = ranked(x, id);
+    if (x >= from) found.add(x, id);
   };
   float per_unit = 0.0f;
   if (by_k) {
@@ -138,7 +136,7 @@ __global__ void __launch_bounds__(kScanThreads, 4) collect_rows(SampleStages s) 
   block_sum_before<kScanThreads>(sum, of_warps, &total);
   if (thread == 0) {
     if (total > 0) atomicAdd(reinterpret_cast<unsigned long long*>(s.mass + r), total);
-    list_begin = atomicAdd(s.listed + r, num_found);
+    found.reserve(s.listed + r);
     if (p == 0) s.list_key[r] = bound, s.bins_per_unit[r] = per_unit;
   }
   __syncthreads();
@@ -148,10 +146,7 @@ __global__ void __launch_bounds__(kScanThreads, 4) collect_rows(SampleStages s) 
       if (const std::uint64_t here = scratch.bins[i]; here != 0) atomicAdd(bin, here);
     }
   }
-  const std::uint32_t n = min(num_found, static_cast<std::uint32_t>(kListCapacity));
-  Ranked* out = s.list + static_cast<std::int64_t>(r) * kListCapacity;
-  for (std::uint32_t i = threadIdx.x; i < n && list_begin + i < kListCapacity; i += kScanThreads)
-    out[list_begin + i] = found[i];
+  found.write(s.list + static_cast<std::int64_t>(r) * kListCapacity);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 // Cost: 4 vocab bytes per such row, and the draw. Benchmark: fastllm_bench_cuda --benchmark_filter=Sample
 #include "launch.cuh"
 #include "sampling/draw.cuh"
+#include "sampling/found_list.cuh"
 #include "sampling/row_filter.cuh"
 #include "sampling/stages.h"
 
@@ -47,10 +48,9 @@ __device__ __forceinline__ void find_edge(const std::uint64_t* bins, double targ
 
 __global__ void __launch_bounds__(kScanThreads, 4) nucleus_of_rows(SampleStages s) {
   __shared__ Ranked of_warps[kWarps];
-  __shared__ Ranked found[kListCapacity];
+  __shared__ FoundList found;
   __shared__ DrawScratch<kScanThreads> scratch;
   __shared__ Edge edge;
-  __shared__ std::uint32_t num_found, list_begin;
   pdl_wait();
   pdl_launch();
   const int r = static_cast<int>(blockIdx.y), p = static_cast<int>(blockIdx.x), vocab = s.logits.vocab;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kScanThreads, 4) nucleus_of_rows(SampleStages 
   if (top == 0 || !isfinite(max)) return;
   const float per_unit = s.bins_per_unit[r];
   if (per_unit == 0.0f) return;
-  if (thread == 0) num_found = 0;
+  if (thread == 0) found.clear();
   __syncthreads();
   find_edge(s.bins + static_cast<std::int64_t>(r) * kBins, top_p_target(row, s.mass[r]), edge, of_warps);
   if (edge.bin < 0) return;
@@ -86,9 +86,8 @@ __global__ void __launch_bounds__(kScanThreads, 4) nucleus_of_rows(SampleStages 
 #pragma unroll
                                   for (int c = 0; c < 4; ++c) {
                                     const float depth = bins.depth(x[c]);
-                                    if (!(depth >= begin && depth < end && x[c] >= lowest_kept)) continue;
-                                    const std::uint32_t at = atomicAdd(&num_found, 1u);
-                                    if (at < kListCapacity) found[at] = ranked(x[c], first[u] + c);
+                                    if (depth >= begin && depth < end && x[c] >= lowest_kept)
+                                      found.add(x[c], first[u] + c);
                                   }
                                 }
                                 draw.tile(v, first);
@@ -97,13 +96,10 @@ __global__ void __launch_bounds__(kScanThreads, 4) nucleus_of_rows(SampleStages 
   const Ranked best = block_max<kScanThreads>(draw.winner(), of_warps);
   if (thread == 0) {
     s.draw[row_parts + p] = best;
-    list_begin = atomicAdd(s.edge_listed + r, num_found);
+    found.reserve(s.edge_listed + r);
   }
   __syncthreads();
-  const std::uint32_t n = min(num_found, static_cast<std::uint32_t>(kListCapacity));
-  Ranked* out = s.list + static_cast<std::int64_t>(r) * kListCapacity;
-  for (std::uint32_t i = threadIdx.x; i < n && list_begin + i < kListCapacity; i += kScanThreads)
-    out[list_begin + i] = found[i];
+  found.write(s.list + static_cast<std::int64_t>(r) * kListCapacity);
 }
 
 }  // namespace
