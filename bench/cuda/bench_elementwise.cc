@@ -1,12 +1,11 @@
 // Kernels that touch each element once. Few rows: what a decode step does, operands in L2, where the previous kernel
 // left them. Thousands of rows: a prefill step, operands in device memory.
 #include <cstdint>
-#include <memory>
 #include <vector>
 
-#include "check.h"
 #include "elementwise.h"
 #include "gpu_timing.h"
+#include "upload.h"
 
 namespace fastllm::bench {
 namespace {
@@ -15,13 +14,6 @@ constexpr int kMaxDecodeRows = 256;
 
 std::size_t rotate_over(std::int64_t rows) { return rows > kMaxDecodeRows ? Rotation::kBeyondL2 : 0; }
 int calls_for(std::int64_t rows) { return rows > kMaxDecodeRows ? 12 : 100; }
-
-template <class T>
-std::unique_ptr<Rotation> on_device(const std::vector<T>& host) {
-  auto memory = std::make_unique<Rotation>(host.size() * sizeof(T), 0);
-  cuda::check(cudaMemcpy(memory->at(0), host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-  return memory;
-}
 
 void BM_AddNorm(benchmark::State& state) {
   const std::int64_t rows = state.range(0), cols = state.range(1);
@@ -83,8 +75,8 @@ void BM_RopeKv(benchmark::State& state) {
   }
   std::vector<BlockId> tables;
   for (int i = 0; i < kSlots * kTableWidth; ++i) tables.push_back(BlockId{(i * 37) % (kSlots * kTableWidth)});
-  const auto device_slots = on_device(slots), device_positions = on_device(positions);
-  const auto device_tables = on_device(tables);
+  const Upload device_slots(slots), device_positions(positions);
+  const Upload device_tables(tables);
 
   const KvShape shape{fp8 ? DType::F8E4M3 : DType::BF16, 1, kv_heads, kBlockSize, head_dim};
   const Rotation pool(static_cast<std::size_t>(shape.block_bytes()) * kSlots * kTableWidth, 0);
@@ -104,9 +96,9 @@ void BM_RopeKv(benchmark::State& state) {
   call.rope = {cos_sin.as<float>(0), head_dim, RopeStyle::Half};
   call.kv = layer_view(pool.at(0), shape, 0);
   cuda::StepView step;
-  step.positions = device_positions->as<std::int32_t>(0);
-  step.token_slot = device_slots->as<std::int32_t>(0);
-  step.tables = device_tables->as<BlockId>(0);
+  step.positions = device_positions.get();
+  step.token_slot = device_slots.get();
+  step.tables = device_tables.get();
   step.table_width = kTableWidth;
   step.num_tokens = tokens;
 
@@ -150,14 +142,13 @@ void BM_Embed(benchmark::State& state) {
   const std::int64_t tokens = state.range(0), cols = state.range(1);
   std::vector<TokenId> ids;
   for (std::int64_t t = 0; t < tokens; ++t) ids.push_back(static_cast<TokenId>(t * 7919 % kVocab));
-  const auto device_ids = on_device(ids);
+  const Upload device_ids(ids);
   const Rotation table(static_cast<std::size_t>(kVocab * cols) * 2, 0);
   const auto n = static_cast<std::size_t>(tokens * cols);
   const Rotation out(n * 4, rotate_over(tokens));
   const auto elements = static_cast<double>(n);
   measure(state, {.read = 2 * elements, .written = 4 * elements}, calls_for(tokens), [&](int i, cudaStream_t stream) {
-    cuda::embed(out.as<float>(i), device_ids->as<TokenId>(0), tokens, table.at(0), DType::BF16, kVocab, cols, 0, 1.0f,
-                stream);
+    cuda::embed(out.as<float>(i), device_ids.get(), tokens, table.at(0), DType::BF16, kVocab, cols, 0, 1.0f, stream);
   });
 }
 BENCHMARK(BM_Embed)
@@ -170,14 +161,13 @@ void BM_GatherRows(benchmark::State& state) {
   const std::int64_t rows = state.range(0), cols = state.range(1);
   std::vector<std::int32_t> picked;
   for (std::int64_t r = 0; r < rows; ++r) picked.push_back(static_cast<std::int32_t>(rows - 1 - r));
-  const auto device_rows = on_device(picked);
+  const Upload device_rows(picked);
   const auto row_bytes = static_cast<std::size_t>(cols) * 4;
   const std::size_t bytes = static_cast<std::size_t>(rows) * row_bytes;
   const Rotation x(bytes, rotate_over(rows)), out(bytes, rotate_over(rows));
   const auto moved = static_cast<double>(bytes);
   measure(state, {.read = moved, .written = moved}, calls_for(rows), [&](int i, cudaStream_t stream) {
-    cuda::gather_rows(out.at(i), row_bytes, x.at(i), row_bytes, row_bytes, device_rows->as<std::int32_t>(0), rows,
-                      stream);
+    cuda::gather_rows(out.at(i), row_bytes, x.at(i), row_bytes, row_bytes, device_rows.get(), rows, stream);
   });
 }
 BENCHMARK(BM_GatherRows)

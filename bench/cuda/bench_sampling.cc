@@ -8,6 +8,7 @@
 #include "check.h"
 #include "gpu_timing.h"
 #include "sampling/sampling.h"
+#include "upload.h"
 
 namespace fastllm::bench {
 namespace {
@@ -95,11 +96,6 @@ std::vector<cuda::DeviceSampleRow> rows_of_kind(int n, Kind kind) {
   return rows;
 }
 
-template <class T>
-void upload(const Rotation& to, const std::vector<T>& host) {
-  cuda::check(cudaMemcpy(to.at(0), host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-}
-
 void BM_Sample(benchmark::State& state) {
   const auto n = static_cast<int>(state.range(0)), vocab = static_cast<int>(state.range(1));
   const auto kind = static_cast<Kind>(state.range(2));
@@ -107,12 +103,12 @@ void BM_Sample(benchmark::State& state) {
   const BenchLogits logits(n, vocab, static_cast<Shape>(state.range(3)));
   auto host_rows = rows_of_kind(n, kind);
   for (auto& row : host_rows) row.penalised = 0;
-  const Rotation rows(count * sizeof(cuda::DeviceSampleRow), 0), sampled(count * 4, 0), last(count * 4, 0);
+  const Upload rows(host_rows);
+  const Rotation sampled(count * 4, 0), last(count * 4, 0);
   const Rotation workspace(cuda::sample_workspace_bytes(n, vocab), 0);
   const Pinned host_sampled(count * 4);
-  upload(rows, host_rows);
   cuda::SampleCall call;
-  call.rows = rows.as<cuda::DeviceSampleRow>(0);
+  call.rows = rows.get();
   call.all_greedy = kind == kGreedy;
   call.any_filter = kind >= kTopP;
   call.sampled = sampled.as<TokenId>(0);
@@ -135,9 +131,8 @@ void BM_Penalties(benchmark::State& state) {
   const auto count = static_cast<std::size_t>(n), entries = count * static_cast<std::size_t>(vocab);
   constexpr int kSeen = 2000;  // tokens of each sequence
   const BenchLogits logits(n, vocab, kPeaked);
-  const Rotation rows(count * sizeof(cuda::DeviceSampleRow), 0);
+  const Upload rows(rows_of_kind(n, kGreedy));
   const Rotation counts(entries * 4, entries * 4 > (std::size_t{16} << 20) ? Rotation::kBeyondL2 : 0);
-  upload(rows, rows_of_kind(n, kGreedy));
   std::vector<std::int32_t> seen(static_cast<std::size_t>(vocab), 0);
   for (int i = 0; i < kSeen; ++i) seen[static_cast<std::size_t>(i) * 7919 % static_cast<std::size_t>(vocab)] = 1;
   for (int piece = 0; piece < counts.pieces(); ++piece) {
@@ -147,7 +142,7 @@ void BM_Penalties(benchmark::State& state) {
     }
   }
   cuda::LogitsProcessing call;
-  call.rows = rows.as<cuda::DeviceSampleRow>(0);
+  call.rows = rows.get();
   call.any_penalised = true;
   const Work work{.read = static_cast<double>(n) * (4.0 * vocab + 32.0 * kSeen),  // a sector for each logit seen
                   .written = static_cast<double>(n) * 32.0 * kSeen};
@@ -169,12 +164,12 @@ void BM_Logprobs(benchmark::State& state) {
   const BenchLogits logits(n, vocab, kPeaked);
   std::vector<cuda::DeviceLogprobRequest> host;
   for (int r = 0; r < n; ++r) host.push_back({r, 4711, top, -1});
-  const Rotation requests(count * sizeof(cuda::DeviceLogprobRequest), 0), sampled(count * 4, 0);
+  const Upload requests(host);
+  const Rotation sampled(count * 4, 0);
   const Rotation workspace(cuda::logprob_workspace_bytes(n), 0);
   const Pinned results(count * sizeof(cuda::DeviceLogprobResult));
-  upload(requests, host);
   measure(state, logits.one_read(), logits.calls(), [&](int i, cudaStream_t stream) {
-    cuda::topk_logprobs(logits.at(i), requests.as<cuda::DeviceLogprobRequest>(0), n, sampled.as<TokenId>(0),
+    cuda::topk_logprobs(logits.at(i), requests.get(), n, sampled.as<TokenId>(0),
                         results.as<cuda::DeviceLogprobResult>(), workspace.at(0), stream);
   });
 }

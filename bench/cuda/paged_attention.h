@@ -10,22 +10,11 @@
 #include "attention/attention.h"
 #include "check.h"
 #include "gpu_timing.h"
+#include "upload.h"
 
 namespace fastllm::bench {
 
 inline constexpr int kBlockSize = 16;  // positions
-
-template <class T>
-class Upload {
- public:
-  explicit Upload(const std::vector<T>& host) : memory_(host.size() * sizeof(T), 1) {
-    cuda::check(cudaMemcpy(memory_.at(0), host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-  T* get() const { return memory_.as<T>(0); }
-
- private:
-  Rotation memory_;
-};
 
 // Of this device; sizes are left to be filled in.
 inline cuda::AttentionLimits device_limits() {
