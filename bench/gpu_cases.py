@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What the paged KV cache is for, measured: a shared system prompt, blocks that are nearly full, and parallel samples
-and beams that share what they have in common.
+"""What the paged KV cache is for, measured: blocks that are nearly full, and parallel samples and beams that share what
+they have in common. gpu_prefix.py has shared system prompts.
 
 python bench/gpu_cases.py --shape llama3-8b --json cases.json
 """
@@ -36,25 +36,6 @@ class Cases:
         self.block_size = self.engine.engine_config.block_size
         self._random = random.Random(0)
         self._last_id = 0
-
-    def prefix_caching(self) -> dict[str, Any]:
-        """A system prompt of one sentence repeated 50 times, three questions ten times each, 100 tokens per answer."""
-        system = self._ids(20) * 50
-        questions = [self._ids(12) for _ in range(3)]
-        prompts = [system + question for question in questions for _ in range(10)]
-        self._run([(prompts[0][:64], "warm-up")], 16)
-        result: dict[str, Any] = {"prompt_tokens": len(prompts[0]), "requests": len(prompts), "output_tokens": 100}
-        for name, together in (("one after the other", False), ("all at once", True)):
-            # Every request has a salt of its own: nothing is shared, as without a prefix cache.
-            off = self._timed([(p, str(i)) for i, p in enumerate(prompts)], 100, together)
-            self.engine.reset_prefix_cache()
-            before = self.engine.stats()
-            on = self._timed([(p, "") for p in prompts], 100, together)
-            after = self.engine.stats()
-            hits, asked = after.prefix_hits - before.prefix_hits, after.prefix_queries - before.prefix_queries
-            result[name] = {"off_s": off, "on_s": on, "speedup": off / on, "hit_rate": hits / max(asked, 1)}
-            self.engine.reset_prefix_cache()
-        return result
 
     def kv_utilisation(self) -> dict[str, Any]:
         """Share of allocated KV slots that hold a token, over the steps in which every resident sequence decodes."""
@@ -139,11 +120,6 @@ class Cases:
         )
         self.engine.add_request(str(self._new_id()), {"prompt_token_ids": ids, "cache_salt": salt}, params)
 
-    def _run(self, prompts: list[tuple[list[int], str]], max_tokens: int) -> None:
-        for ids, salt in prompts:
-            self._add(ids, max_tokens, salt=salt)
-        self._finish()
-
     def _finish(self) -> list[Any]:
         """Runs until nothing is left; the outputs of what finished."""
         outputs = []
@@ -154,21 +130,15 @@ class Cases:
                 raise RuntimeError(str(output.outputs[0].stop_reason))
         return outputs
 
-    def _timed(self, prompts: list[tuple[list[int], str]], max_tokens: int, together: bool) -> float:
-        start = time.perf_counter()
-        for batch in [prompts] if together else [[one] for one in prompts]:
-            self._run(batch, max_tokens)
-        return time.perf_counter() - start
 
-
-CASES = ("prefix_caching", "kv_utilisation", "shared_samples", "beam_search")
+CASES = ("kv_utilisation", "shared_samples", "beam_search")
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=shapes.NAMES, required=True)
     p.add_argument("--only", default=",".join(CASES), help="some of the cases (default: %(default)s)")
-    p.add_argument("--json", metavar="FILE")
+    p.add_argument("--json", metavar="FILE", help="the result, written after every case")
     p.add_argument("--device", default="auto")
     p.add_argument("--max-num-seqs", type=int, default=256)
     args = p.parse_args()
@@ -181,8 +151,8 @@ def main() -> None:
             except Exception as error:  # the other cases may still work
                 result[name] = {"failed": repr(error)}
             print(name, json.dumps(result[name]), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+            if args.json:
+                Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
