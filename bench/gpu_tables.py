@@ -45,10 +45,44 @@ def workload_table(shape: str, columns: Columns) -> str:
     add("first token of 128, ms", [_get(r, "bs1_128_128", "ttft_ms") for _, r in columns], True)
     for length in (512, 2048, 4000):
         add(f"first token of {length}, ms", [_get(r, f"ttft_{length}") for _, r in columns], True)
-    for key, label in _THROUGHPUT:
-        add(f"{label}, us of host a step", [_get(r, key, "host_us_per_step") for _, r in columns], True)
     add("load, s", [_get(r, "load_s") for _, r in columns], True)
     return _table(shape, ["", *[name for name, _ in columns], "to best peer"], rows)
+
+
+def step_table(shape: str, columns: Columns) -> str:
+    """How long fastllm's steps took, and how much of that its host worked; one row per workload and column."""
+    rows: list[list[str]] = []
+    for key, label in [*_THROUGHPUT, ("prefill_64x2048", "prefill 64 x 2048")]:
+        for name, result in columns:
+            host = _get(result, key, "host_us_per_step")
+            seconds, steps = _get(result, key, "s"), _get(result, key, "steps")
+            if host is not None and seconds and steps:
+                step = seconds / steps * 1e6
+                rows.append([label, name, f"{step:,.0f}", f"{host:,.1f}", f"{host / step * 100:.1f} %"])
+    return _table(f"{shape}: steps", ["", "", "us a step", "us of host", "host"], rows) if rows else ""
+
+
+def transformers_table(shape: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Output tokens/s of Transformers beside fastllm's for as many requests of the same lengths."""
+    output = theirs.get("output_tokens", 64)
+    ways = [("one at a time", 1, _get(theirs, "one_at_a_time", "out_tok_s"))]
+    for size, one in theirs.get("static", {}).items():
+        best = " (best)" if str(_get(theirs, "best_static", "batch")) == f"{size}.0" else ""
+        ways.append((f"static batch of {size}{best}", int(size), _get(one, "out_tok_s")))
+    count = int(_get(theirs, "continuous", "requests") or 0)
+    ways.append((f"continuous batching of {count}", count, _get(theirs, "continuous", "out_tok_s")))
+    rows: list[list[str]] = []
+    for label, requests, rate in ways:
+        if rate is None:
+            continue
+        mine = _get(ours, f"static_b{requests}_128_{output}", "out_tok_s")
+        ratio = "" if mine is None else f"{mine / rate:,.1f}x"
+        rows.append([label, f"{rate:,.1f}", "" if mine is None else f"{mine:,.1f}", ratio])
+    if not rows:
+        return ""
+    name = f"Transformers {theirs.get('transformers', '')}".strip()
+    title = f"{shape}: beside {name}, prompts of 128 and {output} output tokens, output tokens/s"
+    return _table(title, ["", name, "fastllm", "ratio"], rows)
 
 
 def kernel_table(kernels: dict[str, Any]) -> str:
@@ -66,7 +100,18 @@ def plain_table(title: str, result: dict[str, Any]) -> str:
     return _table(title, ["", ""], rows) if rows else ""
 
 
+def failure_table(title: str, result: dict[str, Any]) -> str:
+    """What failed or was skipped, and why."""
+    rows = [[path, str(value)] for path, value in _leaves(result) if {"failed", "skipped"} & {*path.split(", ")}]
+    return _table(title, ["", ""], rows) if rows else ""
+
+
+def has_matplotlib() -> bool:
+    return _pyplot() is not None
+
+
 def plot_kernels(kernels: dict[str, Any], file: Path) -> None:
+    """Share of the roofline that every kernel reaches. Nothing without matplotlib or results."""
     shown = [(name, one["floor"]) for name, one in _benchmarks(kernels) if "floor" in one]
     pyplot = _pyplot() if shown else None
     if pyplot is None:
@@ -75,23 +120,30 @@ def plot_kernels(kernels: dict[str, Any], file: Path) -> None:
     axes.barh([name for name, _ in shown], [share for _, share in shown])
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("floor of bytes and operations / measured time")
+    axes.set_xlabel("share of the roofline: least time for the bytes and operations / measured time")
     _save(pyplot, figure, file)
 
 
+def concurrency(result: dict[str, Any]) -> list[tuple[int, float]]:
+    """Requests of 128/128 tokens at once, and the output tokens/s of all together."""
+    single = _get(result, "bs1_128_128", "e2e_ms")
+    rates = [(1, None if single is None else 128e3 / single)]
+    rates += [(n, _get(result, f"static_b{n}_128_128", "out_tok_s")) for n in (8, 32, 64, 128, 256)]
+    return [(n, rate) for n, rate in rates if rate is not None]
+
+
 def plot_concurrency(shape: str, columns: Columns, file: Path) -> None:
-    counts = (1, 8, 32, 64, 128, 256)
-    pyplot = _pyplot() if columns else None
+    """Throughput against concurrency, a line per engine. Nothing without matplotlib or results."""
+    lines = [(name, points) for name, result in columns if (points := concurrency(result))]
+    pyplot = _pyplot() if lines else None
     if pyplot is None:
         return
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name, result in columns:
-        single = _get(result, "bs1_128_128", "e2e_ms")
-        rates = [None if single is None else 128e3 / single]
-        rates += [_get(result, f"static_b{n}_128_128", "out_tok_s") for n in counts[1:]]
-        points = [(n, rate) for n, rate in zip(counts, rates, strict=True) if rate is not None]
+    for name, points in lines:
         axes.plot([n for n, _ in points], [rate for _, rate in points], marker="o", label=name)
     axes.set_xscale("log", base=2)
+    counts = sorted({n for _, points in lines for n, _ in points})
+    axes.set_xticks(counts, [str(n) for n in counts])
     axes.set_yscale("log", base=10)
     axes.set_xlabel("concurrent requests of 128/128 tokens")
     axes.set_ylabel("output tokens/s")
