@@ -4,8 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -16,19 +14,9 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/isa.h"
+#include "test_seed.h"
 
 namespace fastllm::test {
-
-// A new seed every run, printed; FASTLLM_TEST_SEED repeats one.
-inline unsigned test_seed() {
-  static const unsigned seed = [] {
-    const char* env = std::getenv("FASTLLM_TEST_SEED");
-    const unsigned s = env ? static_cast<unsigned>(std::atoll(env)) : std::random_device{}();
-    std::printf("FASTLLM_TEST_SEED=%u\n", s);
-    return s;
-  }();
-  return seed;
-}
 
 class Random {
  public:

@@ -3,6 +3,7 @@
 #include <random>
 
 #include "core/sim.h"
+#include "test_seed.h"
 
 namespace fastllm::test {
 namespace {
@@ -117,9 +118,7 @@ void expect_same(const Output& a, const Output& b) {
 }
 
 TEST(Equivalence, EverySequenceGetsTheTokensItGetsAlone) {
-  const std::uint64_t seed = std::random_device{}();
-  SCOPED_TRACE("seed " + std::to_string(seed));
-  std::mt19937_64 rng(seed);
+  std::mt19937_64 rng(test_seed());
   const std::vector<RequestInput> requests = workload(rng);
 
   // Alone, one step at a time, without sharing: sequence i of a request is a request with that sequence's seed.

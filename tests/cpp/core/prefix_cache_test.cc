@@ -4,6 +4,8 @@
 
 #include <random>
 
+#include "test_seed.h"
+
 namespace fastllm {
 namespace {
 
@@ -61,9 +63,7 @@ TEST_P(PrefixCacheTest, SaltsAndAdaptersHaveTheirOwnRoots) {
 }
 
 TEST_P(PrefixCacheTest, RandomPublishAndForgetAgreeWithAMap) {
-  const std::uint64_t seed = std::random_device{}();
-  SCOPED_TRACE("seed " + std::to_string(seed));
-  std::mt19937_64 rng(seed);
+  std::mt19937_64 rng(test::test_seed());
   std::map<Tokens, BlockId> model;  // below the root
   for (int i = 0; i < 5000; ++i) {
     const Tokens tokens{static_cast<TokenId>(rng() % 4), static_cast<TokenId>(rng() % 4)};

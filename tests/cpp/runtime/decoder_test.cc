@@ -5,13 +5,13 @@
 #include <gtest/gtest.h>
 
 #include <functional>
-#include <iostream>
 #include <random>
 #include <thread>
 
 #include "fastllm/error.h"
 #include "model_fixture.h"
 #include "reference_model.h"
+#include "test_seed.h"
 
 namespace fastllm {
 namespace {
@@ -78,12 +78,6 @@ class Runner {
   std::int32_t num_computed_ = 0;
 };
 
-std::uint32_t fresh_seed() {
-  const auto seed = std::random_device{}();
-  std::cout << "seed " << seed << "\n";
-  return seed;
-}
-
 std::vector<TokenId> random_ids(int n, int vocab, std::uint32_t seed) {
   std::mt19937 rng(seed);
   std::vector<TokenId> ids;
@@ -103,7 +97,7 @@ void expect_close(const FloatRows& got, const testing::Rows& want, std::size_t f
 class DecoderSpecs : public ::testing::TestWithParam<NamedSpec> {};
 
 TEST_P(DecoderSpecs, test_logits_match_the_oracle_however_the_prompt_is_cut) {
-  const auto seed = fresh_seed();
+  const unsigned seed = test::test_seed();
   const TestModel model = random_model(GetParam().spec, seed);
   const auto ids = random_ids(29, model.spec.embed.vocab, seed);
   const auto want = testing::reference_logits(model, ids);
@@ -118,7 +112,7 @@ TEST_P(DecoderSpecs, test_logits_match_the_oracle_however_the_prompt_is_cut) {
 }
 
 TEST_P(DecoderSpecs, test_tensor_parallel_ranks_agree_with_the_oracle) {
-  const auto seed = fresh_seed();
+  const unsigned seed = test::test_seed();
   const TestModel model = random_model(GetParam().spec, seed);
   const auto ids = random_ids(20, model.spec.embed.vocab, seed);
   const auto want = testing::reference_logits(model, ids);
@@ -143,7 +137,7 @@ TEST_P(DecoderSpecs, test_tensor_parallel_ranks_agree_with_the_oracle) {
 }
 
 TEST_P(DecoderSpecs, test_a_token_s_logits_are_the_same_alone_and_among_others) {
-  const auto seed = fresh_seed();
+  const unsigned seed = test::test_seed();
   const TestModel model = random_model(GetParam().spec, seed);
   const auto ids = random_ids(12, model.spec.embed.vocab, seed);
   auto comm = make_null_communicator();
@@ -154,7 +148,7 @@ TEST_P(DecoderSpecs, test_a_token_s_logits_are_the_same_alone_and_among_others) 
 }
 
 TEST_P(DecoderSpecs, test_bf16_stays_near_the_oracle) {
-  const auto seed = fresh_seed();
+  const unsigned seed = test::test_seed();
   const TestModel model = random_model(GetParam().spec, seed);
   const auto ids = random_ids(20, model.spec.embed.vocab, seed);
   auto comm = make_null_communicator();

@@ -3,19 +3,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iostream>
-#include <random>
 
 #include "executor_driver.h"
 #include "fastllm/error.h"
 #include "reference_model.h"
+#include "test_seed.h"
 
 namespace fastllm::testing {
 namespace {
 
 TEST(LocalExecutor, test_rank_counts_and_chunks_give_the_same_greedy_tokens) {
-  const auto seed = std::random_device{}();
-  std::cout << "seed " << seed << "\n";
+  const unsigned seed = test::test_seed();
   for (const auto& [name, spec] : test_specs()) {
     SCOPED_TRACE(name);
     const TestModel model = random_model(spec, seed);

@@ -1,13 +1,12 @@
 // The local executor on a backend that pads and replays its steps, and how far launches run ahead of results.
 #include <gtest/gtest.h>
 
-#include <iostream>
 #include <latch>
-#include <random>
 
 #include "executor_driver.h"
 #include "fastllm/error.h"
 #include "runtime/worker.h"
+#include "test_seed.h"
 
 namespace fastllm::testing {
 namespace {
@@ -32,8 +31,7 @@ TEST(PaddedRows, test_only_steps_of_decode_rows_are_padded_to_the_next_size) {
 }
 
 TEST(LocalExecutor, test_padded_replayed_steps_give_the_same_tokens) {
-  const auto seed = std::random_device{}();
-  std::cout << "seed " << seed << "\n";
+  const unsigned seed = test::test_seed();
   for (const auto& [name, spec] : test_specs()) {
     SCOPED_TRACE(name);
     const TestModel model = random_model(spec, seed);

@@ -3,13 +3,13 @@
 #include <chrono>
 #include <cstring>
 #include <functional>
-#include <iostream>
 #include <numeric>
 #include <random>
 #include <thread>
 
 #include "dist/communicator.h"
 #include "fastllm/error.h"
+#include "test_seed.h"
 
 namespace fastllm {
 namespace {
@@ -28,8 +28,7 @@ class ThreadComm : public ::testing::TestWithParam<int> {
 };
 
 TEST_P(ThreadComm, test_all_reduce_sums_in_rank_order_on_every_rank) {
-  const auto seed = std::random_device{}();
-  std::cout << "seed " << seed << "\n";
+  const unsigned seed = test::test_seed();
   for (std::int64_t n : {1, 15, 16, 17, 1000, 5001}) {
     std::mt19937 rng(seed);
     std::normal_distribution<float> normal;
