@@ -65,7 +65,7 @@ struct CublasLt {
 };
 
 // In this order: the file that FASTLLM_CUBLASLT_LIB names; a copy that this process has loaded already (PyTorch's); our
-// RUNPATH (NVIDIA's wheels beside us), LD_LIBRARY_PATH and the system's folders; $CUDA_HOME/lib64;
+// RUNPATH (NVIDIA's wheels beside us); $CUDA_HOME/lib64; LD_LIBRARY_PATH and the system's folders;
 // /usr/local/cuda/lib64. The library stays open. Throws ResourceError.
 CublasLt open_cublaslt();
 
