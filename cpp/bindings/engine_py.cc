@@ -53,14 +53,12 @@ EngineHolder create_null(const EngineConfig& config, int vocab, int max_len, std
   return EngineHolder(Engine::create_null(config, NullModel{vocab, max_len, std::move(eos), step_us}).release());
 }
 
-using TokenArray = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
-
-void submit(Engine& engine, std::uint64_t id, const TokenArray& prompt, const SamplingParams& params, int priority,
+void submit(Engine& engine, std::uint64_t id, std::vector<TokenId> prompt, const SamplingParams& params, int priority,
             std::optional<double> timeout_s, std::string cache_salt, const py::object& processor,
             const py::object& mask) {
   RequestInput input;
   input.id = id;
-  input.prompt.assign(prompt.data(), prompt.data() + prompt.size());
+  input.prompt = std::move(prompt);
   input.sampling = params;
   input.priority = priority;
   if (timeout_s) input.deadline = Clock::now() + milliseconds(*timeout_s);

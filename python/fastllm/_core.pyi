@@ -151,7 +151,7 @@ class Engine:
     def submit(
         self,
         id: int,
-        prompt: Sequence[int] | NDArray[np.int32],
+        prompt: Sequence[int],
         params: SamplingParams,
         *,
         priority: int = 0,
@@ -188,6 +188,9 @@ def dequantize(type: str, data: Any, rows: int, cols: int) -> NDArray[np.float32
 
 def export_weights(spec_json: str, weights: Sequence[WeightBinding], path: str, dtype: str) -> None:
     """Writes canonical tensors as safetensors, one at a time. dtype: "float32" | "bfloat16" | "float16"."""
+
+def first_outside(ids: list[int], vocab: int) -> int | None:
+    """The index of the first element that is not an int of at least 0 and below vocab."""
 
 def usable_cores() -> int: ...
 def cuda_device_count() -> tuple[int, str]:

@@ -128,9 +128,9 @@ class EngineClient:
         if not ids:
             raise ValueError("The prompt is empty: it must have at least one token.")
         vocab = self.model_config.vocab_size
-        if {*map(type, ids)} != {int} or min(ids) < 0 or max(ids) >= vocab:
-            outside = next(i for i in ids if type(i) is not int or not 0 <= i < vocab)
-            raise ValueError(f"Token id {outside!r} is out of vocabulary: ids are 0 to {vocab - 1}.")
+        outside = _core.first_outside(ids, vocab)
+        if outside is not None:
+            raise ValueError(f"Token id {ids[outside]!r} is out of vocabulary: ids are 0 to {vocab - 1}.")
         if len(ids) >= limit:
             raise ValueError(
                 f"This model's maximum context length is {limit} tokens. The prompt has {len(ids)} tokens, which "
