@@ -172,10 +172,10 @@ class LLM:
         if given is None:
             given = self.get_default_sampling_params()
         if isinstance(given, SamplingParams):
-            return [given.clone() for _ in range(count)]
+            return [given] * count
         if len(given) != count:
             raise ValueError(f"There are {count} prompts but {len(given)} sampling parameters.")
-        return [one.clone() for one in given]
+        return list(given)
 
     def _run(self, states: list[RequestState], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         unfinished = len(states)
