@@ -6,7 +6,9 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "fastllm/error.h"
 #include "fastllm/types.h"
@@ -24,6 +26,17 @@ const char* name_of(PreemptionMode mode);
 const char* name_of(SchedulingPolicy policy);
 py::object finish_name(FinishReason reason);  // None while running
 py::object error_kind_name(ErrorKind kind);   // None without an error
+
+// Element i; nothing unless it is an int, and no bool, that fits. Prompts have thousands: pybind's own conversion takes
+// four times as long.
+inline std::optional<TokenId> token_id(const py::list& ids, std::size_t i) {
+  PyObject* const object = PyList_GET_ITEM(ids.ptr(), static_cast<py::ssize_t>(i));
+  if (!PyLong_CheckExact(object)) return std::nullopt;
+  int overflow = 0;
+  const long value = PyLong_AsLongAndOverflow(object, &overflow);
+  if (overflow != 0 || !std::in_range<TokenId>(value)) return std::nullopt;
+  return static_cast<TokenId>(value);
+}
 
 // Keeps a Python object alive from threads that do not hold the GIL; the last owner takes the GIL to let go.
 std::shared_ptr<py::object> share(py::object object);

@@ -53,12 +53,22 @@ EngineHolder create_null(const EngineConfig& config, int vocab, int max_len, std
   return EngineHolder(Engine::create_null(config, NullModel{vocab, max_len, std::move(eos), step_us}).release());
 }
 
-void submit(Engine& engine, std::uint64_t id, std::vector<TokenId> prompt, const SamplingParams& params, int priority,
+std::vector<TokenId> token_ids(const py::list& ids) {
+  std::vector<TokenId> out(ids.size());
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const std::optional<TokenId> id = token_id(ids, i);
+    if (!id) throw InvalidArgument("prompt[" + std::to_string(i) + "] is no 32-bit int.");
+    out[i] = *id;
+  }
+  return out;
+}
+
+void submit(Engine& engine, std::uint64_t id, const py::list& prompt, const SamplingParams& params, int priority,
             std::optional<double> timeout_s, std::string cache_salt, const py::object& processor,
             const py::object& mask) {
   RequestInput input;
   input.id = id;
-  input.prompt = std::move(prompt);
+  input.prompt = token_ids(prompt);
   input.sampling = params;
   input.priority = priority;
   if (timeout_s) input.deadline = Clock::now() + milliseconds(*timeout_s);

@@ -151,7 +151,7 @@ class Engine:
     def submit(
         self,
         id: int,
-        prompt: Sequence[int],
+        prompt: list[int],
         params: SamplingParams,
         *,
         priority: int = 0,

@@ -221,6 +221,8 @@ def test_polling_until_an_end_gathers_every_token() -> None:
         polls += 1
     assert polls <= 3
     assert engine.poll(0.0, until_end=True) == []
+    with pytest.raises(InvalidArgument, match=r"prompt\[1\] is no 32-bit int"):
+        engine.submit(8, [5, 2**31], _core.SamplingParams())
     engine.submit(9, [5], _core.SamplingParams(max_tokens=4000, ignore_eos=True))
     while not engine.poll(0.01, until_end=True):  # what came in time is handed out, nothing is lost
         pass
