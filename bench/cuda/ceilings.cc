@@ -4,7 +4,7 @@
 #include "bandwidth.h"
 #include "check.h"
 #include "fastllm/error.h"
-#include "gemm.h"
+#include "gemm_lt.h"
 #include "gpu_timing.h"
 
 namespace fastllm::bench {
@@ -17,18 +17,18 @@ double bf16_rate(cudaStream_t stream) {
   const std::size_t bytes = std::size_t{kSize} * kSize * 2;
   try {
     const Rotation x(bytes, bytes), w(bytes, bytes), out(bytes, bytes);
-    cuda::Gemm gemm({});
-    const cuda::WeightView weight{w.at(0), DType::BF16, kSize, kSize};
-    const std::int64_t ms[] = {kSize};
-    gemm.tune(weight, DType::BF16, false, ms, stream);
     cuda::GemmCall call;
     call.out = out.at(0);
     call.ldo = kSize;
     call.x = x.at(0);
     call.ldx = kSize;
     call.m = kSize;
-    call.w = weight;
-    return 2.0 * kSize * kSize * kSize / seconds_per_call(stream, 8, [&](int) { gemm.run(call, stream); });
+    call.w = {w.at(0), DType::BF16, kSize, kSize};
+    const cuda::LtContext context;
+    cuda::LtProduct product(context, cuda::shape_of(call), false);
+    const auto algos = product.propose(kSize, 1);
+    if (algos.empty()) return 0;
+    return 2.0 * kSize * kSize * kSize / seconds_per_call(stream, 8, [&](int) { product.run(call, algos[0], stream); });
   } catch (const Error&) {
     return 0;  // no cuBLASLt
   }

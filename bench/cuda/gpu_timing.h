@@ -17,7 +17,7 @@ namespace fastllm::bench {
 
 struct Ceilings {
   double read = 0, write = 0, copy = 0;  // bytes/s of device memory; copy counts bytes read and bytes written
-  double bf16 = 0;                       // FLOP/s of an 8192^3 product by Gemm; 0 without cuBLASLt
+  double bf16 = 0;                       // FLOP/s of an 8192^3 product by cuBLASLt; 0 without it
 };
 
 // Measured on the first call, in about a second.
