@@ -7,9 +7,11 @@
 #include <unordered_map>
 #include <vector>
 
+#include "devices.h"
 #include "elementwise.h"
 #include "gemm_lt.h"
 #include "gemm_table.h"
+#include "gemm_tile.h"
 #include "gemm_tune.h"
 #include "skinny.h"
 
@@ -18,7 +20,9 @@ namespace {
 
 constexpr std::int64_t kUsualRows = 256;   // what the one algorithm of deterministic products is proposed for
 constexpr std::int64_t kExactRows = 1024;  // up to here proposals are for the very size
-constexpr float kActivationUs = 2;         // of the launch that a fused product saves
+// Rows for which tiles are as fast as cuBLASLt or faster; with a gated activation to apply they are for any.
+constexpr std::int64_t kTiledFrom = 1024, kTiledTo = 4096;
+constexpr float kActivationUs = 2;  // of the launch that a fused product saves
 
 // How to compute one shape for one number of rows.
 struct Way {
@@ -50,11 +54,14 @@ struct Gemm::Impl {
   LtAlgo any_algorithm(Product& p, std::int64_t m);
   LtAlgo invariant_algorithm(Product& p);
   std::optional<SkinnyConfig> gated_config(const GemmShape& shape, std::int64_t m) const;
+  // Whether the tiled kernel took the call.
+  bool run_tiled(const GemmCall& call, std::optional<Activation> gated, cudaStream_t stream) const;
 
   GemmOptions options;
   LtContext context;
   int num_sms = 0;
   bool own_kernels = false;
+  std::unique_ptr<TileGemm> tiles;
   std::string title, file;  // of the table
   GemmTable table;
   std::vector<std::unique_ptr<Product>> products;  // a dozen
@@ -66,6 +73,7 @@ Gemm::Impl::Impl(const GemmOptions& o) : options(o) {
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
   num_sms = properties.multiProcessorCount;
+  tiles = TileGemm::make(capability_of(device));
   if (options.deterministic) return;
   own_kernels = prepare_skinny(properties.sharedMemPerBlockOptin);
   const std::size_t version = context.lt().GetVersion();
@@ -128,12 +136,20 @@ std::optional<SkinnyConfig> Gemm::Impl::gated_config(const GemmShape& shape, std
   return e->timing.own;
 }
 
+bool Gemm::Impl::run_tiled(const GemmCall& call, std::optional<Activation> gated, cudaStream_t stream) const {
+  const bool faster = gated ? call.m > kSkinnyRows : call.m >= kTiledFrom && call.m <= kTiledTo;
+  if (!tiles || !(options.deterministic || faster) || !tile_gemm_supports(call, gated.has_value())) return false;
+  tiles->run(call, gated, plan_tiles(call.m, call.w.n, call.w.k, gated.has_value(), tiles->clusters()), stream);
+  return true;
+}
+
 Gemm::Gemm(const GemmOptions& options) : impl_(std::make_unique<Impl>(options)) {}
 Gemm::~Gemm() = default;
 
 void Gemm::run(const GemmCall& call, cudaStream_t stream) {
   if (call.m == 0) return;
   Impl& g = *impl_;
+  if (g.run_tiled(call, std::nullopt, stream)) return;
   const bool lt_adds_bias = call.bias != nullptr && call.out_dtype == DType::F32;
   Product& p = g.product(shape_of(call), lt_adds_bias);
   const Way& way = g.way(p, call.m);
@@ -152,6 +168,7 @@ void Gemm::run(const GemmCall& call, cudaStream_t stream) {
 bool Gemm::run_gated(const GemmCall& call, int act, cudaStream_t stream) {
   Impl& g = *impl_;
   assert(!call.accumulate && call.w.n % 2 == 0);
+  if (g.run_tiled(call, static_cast<Activation>(act), stream)) return true;
   if (!g.own_kernels || !skinny_supports(call)) return false;
   Product& p = g.product(shape_of(call), false);
   auto found = p.gated.find(call.m);

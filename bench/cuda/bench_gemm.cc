@@ -5,6 +5,8 @@
 //   --benchmark_filter='^GemmGated/'      gate and up with the activation: fused, or in two kernels if that is faster
 //   --benchmark_filter='^GemmSkinny/'     configurations of the own kernels: s<strips>w<k_warps>b<blocks_per_sm>, and
 //                                         r<1: weights are called into L2 all along, 0: at the start>
+//   --benchmark_filter='^GemmTile/'       widths of tiles in the tiled kernel; its label is what the
+//                                         model of costs expects, in microseconds; GemmTileGated likewise
 //   --benchmark_filter='^GemmAfterNorm/'  a norm and the own kernel that waits for it: alone, then calling weights
 //                                         into L2
 #include <algorithm>
@@ -19,6 +21,7 @@
 #include "fastllm/error.h"
 #include "gemm.h"
 #include "gemm_lt.h"
+#include "gemm_tile.h"
 #include "gpu_timing.h"
 #include "skinny.h"
 
@@ -27,6 +30,7 @@ namespace {
 
 using cuda::Gemm;
 using cuda::GemmCall;
+using cuda::kTileCols;
 
 struct Shape {
   const char* name;
@@ -162,6 +166,21 @@ void skinny(benchmark::State& state, const Shape& s, std::int64_t m, const cuda:
   });
 }
 
+void tiled(benchmark::State& state, const Shape& s, std::int64_t m, int cols, bool gated) {
+  guarded(state, [&] {
+    const auto tiles = cuda::TileGemm::make(90);
+    if (!tiles) return state.SkipWithError("no tiled kernel for this device");
+    const Operands o(s, m);
+    const std::optional<Activation> act = gated ? std::optional(Activation::Silu) : std::nullopt;
+    measure(state, o.work, o.calls(), [&](int i, cudaStream_t stream) {
+      GemmCall c = o.turn(i);
+      if (gated) c.ldo = s.n / 2;
+      tiles->run(c, act, cols, stream);
+    });
+    state.SetLabel(std::to_string(cuda::expected_tile_us(cols, m, s.n, s.k, gated, tiles->clusters())));
+  });
+}
+
 void after_norm(benchmark::State& state, const Shape& s, std::int64_t m, int prefetch_bytes) {
   guarded(state, [&] {
     const Operands o(s, m);
@@ -200,7 +219,14 @@ void add_shape(const Shape& s, const std::vector<std::int64_t>& ms) {
     const std::string which = std::string("/") + s.name + "/" + std::to_string(m);
     add("Gemm" + which, [&s, m](benchmark::State& state) { tuned(state, s, m); });
     add("GemmFirst" + which, [&s, m](benchmark::State& state) { first_proposal(state, s, m); });
-    if (is_gate_up && m <= 64) add("GemmGated" + which, [&s, m](benchmark::State& state) { gated(state, s, m); });
+    if (is_gate_up) add("GemmGated" + which, [&s, m](benchmark::State& state) { gated(state, s, m); });
+    for (const int cols : kTileCols) {
+      if (m < cuda::kSkinnyRows) break;
+      const std::string width = which + "/" + std::to_string(cols);
+      add("GemmTile" + width, [&s, m, cols](benchmark::State& state) { tiled(state, s, m, cols, false); });
+      if (is_gate_up)
+        add("GemmTileGated" + width, [&s, m, cols](benchmark::State& state) { tiled(state, s, m, cols, true); });
+    }
     if (m != 1 && m != 8 && m != 16) continue;
     for (const int bytes : {0, cuda::kSkinnyPrefetch}) {
       add("GemmAfterNorm" + which + "/" + std::to_string(bytes),
@@ -218,7 +244,7 @@ void add_shape(const Shape& s, const std::vector<std::int64_t>& ms) {
 
 const bool registered = [] {
   for (const Shape& s : kLarge) add_shape(s, {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192});
-  for (const Shape& s : kSmall) add_shape(s, {1, 2, 4, 8, 16, 32, 64, 256});
+  for (const Shape& s : kSmall) add_shape(s, {1, 2, 4, 8, 16, 32, 64, 256, 2048});
   return true;
 }();
 
