@@ -120,7 +120,7 @@ def plot_kernels(kernels: dict[str, Any], file: Path) -> None:
     axes.barh([name for name, _ in shown], [share for _, share in shown])
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("share of the roofline: least time for the bytes and operations / measured time")
+    axes.set_xlabel("share of the roofline")
     _save(pyplot, figure, file)
 
 
@@ -162,7 +162,11 @@ def _get(result: dict[str, Any], *keys: str) -> float | None:
 
 def _benchmarks(kernels: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     runs = [one for one in kernels.get("benchmarks", []) if one.get("run_type", "iteration") == "iteration"]
-    return [(str(one["name"]).removesuffix("/manual_time"), one) for one in runs if not one.get("error_occurred")]
+    return [
+        (str(one["name"]).removesuffix("/manual_time").removesuffix("/iterations:1"), one)
+        for one in runs
+        if not one.get("error_occurred")
+    ]
 
 
 def _percent(one: dict[str, Any]) -> str:
