@@ -1,4 +1,4 @@
-// What the two matrix products share: how a vector of finished sums reaches the output.
+// What the matrix products share: how a vector of finished sums reaches the output.
 #pragma once
 
 #include "backend/cpu/kernels/fill.h"
@@ -8,7 +8,8 @@ namespace fastllm::cpu {
 namespace {
 
 // Adds bias and the old value, converts, and stores columns [n, n + kW) of row m, those that exist.
-inline void finish_columns(const GemmArgs& g, int64_t m, int64_t n, vf s) {
+template <class Args>
+inline void finish_columns(const Args& g, int64_t m, int64_t n, vf s) {
   const int64_t lanes = g.n - n < kW ? g.n - n : kW;
   if (lanes <= 0) return;
   if (g.bias) s += load_some(g.bias + n, lanes);

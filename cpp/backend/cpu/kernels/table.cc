@@ -8,6 +8,7 @@ Kernels table() {
   t.name = FASTLLM_ISA_NAME;
   fill_gemm(t);
   fill_gemm_amx(t);
+  fill_quant(t);
   fill_norm(t);
   fill_rope_kv(t);
   fill_attention(t);

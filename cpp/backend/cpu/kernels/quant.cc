@@ -1,0 +1,182 @@
+// y = x w^T with weights that stay codes of 8 or 4 bits; kernels.h defines the sums. For up to a few rows, where the
+// time is that of reading the weights:
+//
+//   for m, n: acc = 0; for groups: acc = fma(scale[n][g], xs[m][g] * sum_k (code[n][k] - zero) * xq[m][k], acc)
+//
+// A block of weights is read once for kQuantRows rows; codes become operands in registers. Cost: N K (bits + 0.5) / 8
+// bytes. Benchmark: fastllm_bench_ops --benchmark_filter=Quant
+#include "backend/cpu/kernels/quant.h"
+
+#include "backend/cpu/kernels/micro.h"
+#include "backend/cpu/kernels/quant_dot.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fastllm::cpu {
+namespace {
+
+constexpr int kVecs = kPanel / kW;        // vectors of a panel
+constexpr int kTogether = 2;              // vectors that share an activation operand
+constexpr int64_t kQuantAhead = 4 << 10;  // bytes of weights fetched ahead of use
+#if defined(__AVX512F__)
+constexpr int kQuantRows = 4;
+#else
+constexpr int kQuantRows = 2;
+#endif
+
+int64_t prepared_i8_bytes(int64_t k) { return kRowBlock * QuantRow::stride(groups_of(k)); }
+
+// Rounds a group of x, of which `n` exist, to codes at `to`.
+template <class T>
+inline void prepare_group(const T* x, int64_t n, int8_t* to, float* step, float* step_sum, int32_t* sum) {
+  typedef int8_t Codes __attribute__((vector_size(kW)));
+  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf v[kGroup / kW];
+  vu most{};
+  for (int64_t i = 0; i < kGroup / kW; ++i) {
+    const int64_t left = n - i * kW;
+    v[i] = left >= kW ? load(x + i * kW) : left > 0 ? load(x + i * kW, left) : vf{};
+    const vu magnitude = as_bits(v[i]) & 0x7fffffffu;  // orders like |x|, NaN above all
+    most = magnitude > most ? magnitude : most;
+  }
+  uint32_t lane[kW], bits = 0;
+  __builtin_memcpy(lane, &most, sizeof most);
+  for (int i = 0; i < kW; ++i) bits = lane[i] > bits ? lane[i] : bits;
+  float absmax;
+  __builtin_memcpy(&absmax, &bits, 4);
+  const float xs = absmax / 127.0f;
+  const vf divisor = set1(xs > 0 ? xs : 1.0f);
+  vi total{};
+  for (int64_t i = 0; i < kGroup / kW; ++i) {
+    // Past 127 where xs is subnormal.
+    const vf q = min(max(v[i] / divisor, set1(-127.0f)), set1(127.0f));
+    const vi code = reinterpret_cast<vi>(as_bits(q + magic) - as_bits(magic));
+    total += code;
+    const Codes narrow = __builtin_convertvector(code, Codes);
+    __builtin_memcpy(to + i * kW, &narrow, sizeof narrow);
+  }
+  int32_t s = 0;
+  for (int i = 0; i < kW; ++i) s += total[i];
+  *step = xs;
+  *sum = s;
+  *step_sum = xs * static_cast<float>(s);
+}
+
+void prepare_i8(const void* x, bool x_bf16, int64_t ldx, int64_t begin, int64_t end, int64_t k, void* prepared) {
+  const int64_t groups = groups_of(k);
+  for (int64_t m = begin; m < end; ++m) {
+    char* row = static_cast<char*>(prepared) + m * QuantRow::stride(groups);
+    auto* steps = reinterpret_cast<float*>(row + groups * kGroup);
+    auto* sums = reinterpret_cast<int32_t*>(steps + 2 * groups);
+    for (int64_t g = 0; g < groups; ++g) {
+      const auto make = [&](const auto* of) {
+        prepare_group(of + m * ldx + g * kGroup, k - g * kGroup, reinterpret_cast<int8_t*>(row) + g * kGroup, steps + g,
+                      steps + groups + g, sums + g);
+      };
+      if (x_bf16) {
+        make(static_cast<const uint16_t*>(x));
+      } else {
+        make(static_cast<const float*>(x));
+      }
+    }
+  }
+}
+
+// R rows from m on times panel p.
+template <class Dot, int kBits, bool kOffsets, int R>
+inline void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p) {
+  const int64_t groups = groups_of(g.k);
+  constexpr int64_t kCodes = quant_code_bytes(kBits), kBytes = quant_block_bytes(kBits, kOffsets);
+  const char* w = static_cast<const char*>(g.w) + p * groups * kBytes;
+  QuantRow row[R];
+  for (int r = 0; r < R; ++r) row[r] = row_of(g, m + r);
+  vf acc[R][kVecs] = {};
+  for (int64_t b = 0; b < groups; ++b, w += kBytes) {
+    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(w + kQuantAhead + line, 0, 3);
+    const auto* scales = reinterpret_cast<const uint16_t*>(w + kCodes);
+    for (int first = 0; first < kVecs; first += kTogether) {
+      typename Dot::Sum sum[R][kTogether] = {};
+      for (int quad = 0; quad < kGroup / 4; quad += 2) {
+        vu codes[2][kTogether];
+        for (int j = 0; j < kTogether; ++j) {
+          const int col = (first + j) * kW;
+          const char* at = w + col / 16 * (kCodes / 2) + col % 16 * 4;
+          if constexpr (kBits == 8) {
+            codes[0][j] = load_u32(at + quad * 64);
+            codes[1][j] = load_u32(at + quad * 64 + 64);
+          } else {
+            const vu both = load_u32(at + quad * 32);
+            codes[0][j] = both & 0x0f0f0f0fu;
+            codes[1][j] = (both >> 4) & 0x0f0f0f0fu;
+          }
+        }
+        for (int i = 0; i < 2; ++i) {
+          for (int r = 0; r < R; ++r) {
+            const auto x = Dot::operand(row[r].codes(b) + (quad + i) * 4);
+            for (int j = 0; j < kTogether; ++j) Dot::add(sum[r][j], codes[i][j], x);
+          }
+        }
+      }
+      for (int j = 0; j < kTogether; ++j) {
+        const int v = first + j;
+        const vf scale = load_half(scales + v * kW);
+        for (int r = 0; r < R; ++r) {
+          vi isum = Dot::total(sum[r][j]);
+          if constexpr (!kOffsets) isum -= g.zero * row[r].sums()[b];
+          const vf x = set1(row[r].steps()[b]) * __builtin_convertvector(isum, vf);
+          acc[r][v] = fused(scale, x, acc[r][v]);
+          if constexpr (kOffsets) {
+            acc[r][v] = fused(load_half(scales + kPanel + v * kW), set1(row[r].step_sums()[b]), acc[r][v]);
+          }
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kVecs; ++v) finish_columns(g, m + r, p * kPanel + v * kW, acc[r][v]);
+}
+
+template <class Dot, int kBits, bool kOffsets>
+void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  for (int64_t p = p0; p < p1; ++p) {
+    for (int64_t m = m0; m < m1; m += kQuantRows) {
+      with_rows<kQuantRows>(m1 - m,
+                            [&](auto rows) { rows_by_panel<Dot, kBits, kOffsets, decltype(rows)::value>(g, m, p); });
+    }
+  }
+}
+
+template <class Dot8, class Dot4>
+void gemm_quant(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  const auto run = g.bits == 8 ? (g.offsets ? gemm<Dot8, 8, true> : gemm<Dot8, 8, false>)
+                               : (g.offsets ? gemm<Dot4, 4, true> : gemm<Dot4, 4, false>);
+  run(g, m0, m1, p0, p1);
+}
+
+#if defined(__AVX2__)
+bool has_byte_dot() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+#if defined(__AVX512F__)
+  constexpr unsigned kAvx512Vnni = 1u << 11;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & kAvx512Vnni) != 0;
+#else
+  constexpr unsigned kAvxVnni = 1u << 4;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni) != 0;
+#endif
+}
+#endif
+
+}  // namespace
+
+void FASTLLM_ISA::fill_quant(Kernels& t) {
+  t.prepared_i8_bytes = prepared_i8_bytes;
+  t.prepare_i8 = prepare_i8;
+  t.gemm_quant_plain = gemm_quant<PlainDot<8>, PlainDot<4>>;
+  t.gemm_quant = t.gemm_quant_plain;
+#if defined(__AVX2__)
+  if (has_byte_dot()) t.gemm_quant = gemm_quant<ByteDot, ByteDot>;
+#endif
+}
+
+}  // namespace fastllm::cpu

@@ -1,0 +1,57 @@
+// Activations as int8 rows, and the blocks of grouped weights they meet.
+#pragma once
+
+#include "backend/cpu/kernels/gemm.h"
+
+namespace fastllm::cpu {
+namespace {
+
+inline int64_t groups_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
+
+// One prepared row; rows of a block follow each other at stride(). An odd number of cache lines apart, so that the
+// rows of a tile do not meet in the same sets of the first-level cache.
+struct QuantRow {
+  const char* base;
+  int64_t groups;
+
+  static int64_t stride(int64_t groups) { return round_up(groups * (kGroup + 12), 64) | 64; }
+
+  const int8_t* codes(int64_t g) const { return reinterpret_cast<const int8_t*>(base) + g * kGroup; }
+  const float* steps() const { return reinterpret_cast<const float*>(base + groups * kGroup); }   // xs
+  const float* step_sums() const { return steps() + groups; }                                     // xs * float(s)
+  const int32_t* sums() const { return reinterpret_cast<const int32_t*>(step_sums() + groups); }  // s
+};
+
+inline QuantRow row_of(const QuantArgs& g, int64_t m) {
+  const int64_t groups = groups_of(g.k);
+  return {static_cast<const char*>(g.a) + m * QuantRow::stride(groups), groups};
+}
+
+inline vf load_half(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  // The exponent is moved up by a multiplication, which normalises subnormal values; infinities and NaN go around it.
+  vh h;
+  __builtin_memcpy(&h, p, sizeof h);
+  const vu u = __builtin_convertvector(h, vu), magnitude = u & 0x7fffu;
+  const vf finite = as_float(magnitude << 13) * 0x1p112f;
+  const vu bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : as_bits(finite);
+  return as_float(bits | ((u & 0x8000u) << 16));
+#endif
+}
+
+// One rounding everywhere, also where the machine has no such instruction.
+inline vf fused(vf a, vf b, vf c) {
+#if defined(__FMA__)
+  return fma(a, b, c);
+#else
+  for (int i = 0; i < kW; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+}  // namespace
+}  // namespace fastllm::cpu

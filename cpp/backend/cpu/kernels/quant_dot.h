@@ -1,0 +1,102 @@
+// Sums of four products of bytes: lane c of a vector of sums gets sum_i codes[c][i] * x[i], i < 4, exactly.
+//
+// Each way of doing it has: Sum, what a column's group is added up in; X, four activations as an operand; add(); and
+// total(), the 32-bit sums at the end of a group of eight quads. Codes<4> below 16 leave room that Codes<8> do not.
+#pragma once
+
+#include "backend/cpu/kernels/simd.h"
+
+namespace fastllm::cpu {
+namespace {
+
+#if defined(__AVX2__)
+
+#if defined(__AVX512F__)
+typedef __m512i Bytes;
+inline Bytes madd16(Bytes a, Bytes b) { return _mm512_madd_epi16(a, b); }
+inline Bytes maddubs(Bytes a, Bytes b) { return _mm512_maddubs_epi16(a, b); }
+inline Bytes add16(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
+inline Bytes shift_right16(Bytes a) { return _mm512_srli_epi16(a, 8); }
+inline Bytes sign_right16(Bytes a) { return _mm512_srai_epi16(a, 8); }
+inline Bytes shift_left16(Bytes a) { return _mm512_slli_epi16(a, 8); }
+#define FASTLLM_VPDPBUSD "vpdpbusd"
+#else
+typedef __m256i Bytes;
+inline Bytes madd16(Bytes a, Bytes b) { return _mm256_madd_epi16(a, b); }
+inline Bytes maddubs(Bytes a, Bytes b) { return _mm256_maddubs_epi16(a, b); }
+inline Bytes add16(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
+inline Bytes shift_right16(Bytes a) { return _mm256_srli_epi16(a, 8); }
+inline Bytes sign_right16(Bytes a) { return _mm256_srai_epi16(a, 8); }
+inline Bytes shift_left16(Bytes a) { return _mm256_slli_epi16(a, 8); }
+#define FASTLLM_VPDPBUSD "%{vex%} vpdpbusd"
+#endif
+
+inline vi quad(const int8_t* x) {
+  int32_t q;
+  __builtin_memcpy(&q, x, 4);
+  return set1(q);
+}
+inline vi as_int(Bytes b) { return reinterpret_cast<vi>(b); }
+inline Bytes as_bytes(vi v) { return reinterpret_cast<Bytes>(v); }
+inline Bytes as_bytes(vu v) { return reinterpret_cast<Bytes>(v); }
+
+// The instruction is spelled out: some machines of this level lack it, and the others are told apart at run time.
+struct ByteDot {
+  typedef vi Sum;
+  typedef vi X;
+  static X operand(const int8_t* x) { return quad(x); }
+  static void add(Sum& sum, vu codes, X x) { __asm__(FASTLLM_VPDPBUSD " %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x)); }
+  static vi total(Sum sum) { return sum; }
+};
+#undef FASTLLM_VPDPBUSD
+
+template <int kBits>
+struct PlainDot;
+
+// Products of codes up to 255 overflow sums of 16 bits, so both factors are widened first.
+template <>
+struct PlainDot<8> {
+  typedef vi Sum;
+  struct X {
+    Bytes even, odd;
+  };
+  static X operand(const int8_t* x) {
+    const Bytes q = as_bytes(quad(x));
+    return {sign_right16(shift_left16(q)), sign_right16(q)};
+  }
+  static void add(Sum& sum, vu codes, const X& x) {
+    sum += as_int(madd16(as_bytes(codes & 0x00ff00ffu), x.even));
+    sum += as_int(madd16(shift_right16(as_bytes(codes)), x.odd));
+  }
+  static vi total(Sum sum) { return sum; }
+};
+
+// Eight quads add up to at most 8 * 2 * 15 * 127 = 30480 in each half.
+template <>
+struct PlainDot<4> {
+  typedef Bytes Sum;
+  typedef Bytes X;
+  static X operand(const int8_t* x) { return as_bytes(quad(x)); }
+  static void add(Sum& sum, vu codes, X x) { sum = add16(sum, maddubs(as_bytes(codes), x)); }
+  static vi total(Sum sum) { return as_int(madd16(sum, as_bytes(set1(0x00010001)))); }
+};
+
+#else
+
+template <int>
+struct PlainDot {
+  typedef vi Sum;
+  struct X {
+    int32_t v[4];
+  };
+  static X operand(const int8_t* x) { return {{x[0], x[1], x[2], x[3]}}; }
+  static void add(Sum& sum, vu codes, const X& x) {
+    for (int i = 0; i < 4; ++i) sum += reinterpret_cast<vi>((codes >> (8 * i)) & 255u) * x.v[i];
+  }
+  static vi total(Sum sum) { return sum; }
+};
+
+#endif
+
+}  // namespace
+}  // namespace fastllm::cpu

@@ -1,0 +1,252 @@
+// The products with grouped weights against their definition in kernels.h, bit for bit at every instruction set.
+#include <algorithm>
+#include <array>
+
+#include "op_testing.h"
+
+namespace fastllm::test {
+namespace {
+
+using cpu::kGroup;
+using cpu::kPanel;
+using cpu::kRowBlock;
+
+struct Format {
+  int bits;
+  bool offsets;
+  int zero;
+};
+constexpr Format kFormats[] = {{8, false, 128}, {8, true, 0},    {4, false, 8},
+                               {4, true, 0},    {8, false, 100}, {4, false, 0}};
+
+float from_half(std::uint16_t h) {
+  const int exponent = h >> 10 & 31, mantissa = h & 1023;
+  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
+                                        : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+  return h & 0x8000 ? -magnitude : magnitude;
+}
+
+// Codes, scales and offsets of one weight, as they are and packed.
+struct Weight {
+  Weight(Random& random, Format f, std::int64_t n, std::int64_t k)
+      : format(f), n(n), k(k), groups((k + kGroup - 1) / kGroup) {
+    for (std::int64_t i = 0; i < n * k; ++i) codes.push_back(static_cast<std::uint8_t>(random.below(1 << f.bits)));
+    // Zero and subnormal ones too.
+    const auto half = [&] {
+      return static_cast<std::uint16_t>(random.below(2) << 15 | random.below(16) << 10 | random.below(1024));
+    };
+    for (std::int64_t i = 0; i < n * groups; ++i) scales.push_back(half()), offsets.push_back(half());
+    pack();
+  }
+  int code(std::int64_t row, std::int64_t col) const { return codes[static_cast<std::size_t>(row * k + col)]; }
+  float scale(std::int64_t row, std::int64_t g) const {
+    return from_half(scales[static_cast<std::size_t>(row * groups + g)]);
+  }
+  float offset(std::int64_t row, std::int64_t g) const {
+    return from_half(offsets[static_cast<std::size_t>(row * groups + g)]);
+  }
+  std::int64_t panels() const { return (n + kPanel - 1) / kPanel; }
+
+  Format format;
+  std::int64_t n, k, groups;
+  std::vector<std::uint8_t> codes;             // [n, k]
+  std::vector<std::uint16_t> scales, offsets;  // [n, groups]
+  std::vector<std::uint8_t> packed;
+
+ private:
+  void pack() {
+    const std::int64_t block = cpu::quant_block_bytes(format.bits, format.offsets);
+    const std::int64_t code_bytes = cpu::quant_code_bytes(format.bits);
+    packed.resize(static_cast<std::size_t>(panels() * groups * block));
+    for (std::int64_t row = 0; row < n; ++row) {
+      for (std::int64_t g = 0; g < groups; ++g) {
+        std::uint8_t* at = packed.data() + (row / kPanel * groups + g) * block;
+        const std::int64_t column = row % kPanel, in_tile = column % 16 * 4;
+        for (std::int64_t i = 0; i < kGroup && g * kGroup + i < k; ++i) {
+          const std::int64_t quad = i / 4, byte = in_tile + i % 4;
+          const auto c = static_cast<unsigned>(code(row, g * kGroup + i));
+          if (format.bits == 8) {
+            at[column / 16 * 512 + quad * 64 + byte] = static_cast<std::uint8_t>(c);
+          } else {
+            std::uint8_t& both = at[column / 16 * 256 + quad / 2 * 64 + byte];
+            both = static_cast<std::uint8_t>(both | c << (quad % 2 * 4));
+          }
+        }
+        const auto i = static_cast<std::size_t>(row * groups + g);
+        std::memcpy(at + code_bytes + column * 2, &scales[i], 2);
+        if (format.offsets) std::memcpy(at + code_bytes + (kPanel + column) * 2, &offsets[i], 2);
+      }
+    }
+  }
+};
+
+// The definition.
+float product(const Weight& w, const Array& x, std::int64_t m, std::int64_t n) {
+  float acc = 0;
+  for (std::int64_t g = 0; g < w.groups; ++g) {
+    const std::int64_t begin = g * kGroup, end = std::min(begin + kGroup, w.k);
+    float absmax = 0;
+    for (std::int64_t k = begin; k < end; ++k) absmax = std::max(absmax, std::abs(x.get(m, k)));
+    const float xs = absmax / 127.0f;
+    int s = 0, isum = 0;
+    for (std::int64_t k = begin; k < end; ++k) {
+      const float q = xs > 0 ? std::clamp(std::nearbyint(x.get(m, k) / xs), -127.0f, 127.0f) : 0.0f;
+      s += static_cast<int>(q);
+      isum += w.code(n, k) * static_cast<int>(q);
+    }
+    if (w.format.offsets) {
+      acc = std::fma(w.scale(n, g), xs * static_cast<float>(isum), acc);
+      acc = std::fma(w.offset(n, g), xs * static_cast<float>(s), acc);
+    } else {
+      acc = std::fma(w.scale(n, g), xs * static_cast<float>(isum - w.format.zero * s), acc);
+    }
+  }
+  return acc;
+}
+
+using Gemm = decltype(cpu::Kernels::gemm_quant);
+
+// out = x w^T in as many calls as `panel_step` asks for.
+void multiply(const cpu::Kernels& kernels, Gemm gemm, const Weight& w, const Tensor& x, const Tensor& out,
+              const float* bias, bool accumulate, std::int64_t panel_step) {
+  const std::int64_t m = x.rows(), blocks = (m + kRowBlock - 1) / kRowBlock;
+  std::vector<std::byte> prepared(static_cast<std::size_t>(kernels.prepared_i8_bytes(w.k) * blocks), std::byte{0xff});
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    kernels.prepare_i8(x.data, x.dtype == DType::BF16, x.stride[0], b * kRowBlock, std::min(m, (b + 1) * kRowBlock),
+                       w.k, prepared.data());
+  }
+  const cpu::QuantArgs g{.a = prepared.data(),
+                         .w = w.packed.data(),
+                         .m = m,
+                         .n = w.n,
+                         .k = w.k,
+                         .bits = w.format.bits,
+                         .offsets = w.format.offsets,
+                         .zero = w.format.zero,
+                         .bias = bias,
+                         .out = out.data,
+                         .ldo = out.stride[0],
+                         .out_bf16 = out.dtype == DType::BF16,
+                         .accumulate = accumulate};
+  for (std::int64_t p = 0; p < w.panels(); p += panel_step) gemm(g, 0, m, p, std::min(w.panels(), p + panel_step));
+}
+
+class QuantKernels : public OpTest {
+ protected:
+  void SetUp() override {
+    OpTest::SetUp();
+    if (backend) kernels = cpu::select_kernels(GetParam());
+  }
+  std::array<Gemm, 2> gemms() const { return {kernels.gemm_quant, kernels.gemm_quant_plain}; }
+  cpu::Kernels kernels{};
+};
+
+TEST_P(QuantKernels, give_the_bits_of_the_definition) {
+  const struct {
+    std::int64_t m, n, k;
+  } shapes[] = {{1, 1, 1},    {1, 96, 64},  {2, 33, 31},  {3, 40, 200}, {4, 64, 96},   {5, 100, 70},
+                {8, 31, 500}, {16, 64, 96}, {17, 31, 65}, {33, 40, 33}, {64, 97, 128}, {70, 70, 100}};
+  for (const Format& f : kFormats) {
+    for (const auto& s : shapes) {
+      const Weight w(random, f, s.n, s.k);
+      for (const DType in : {DType::F32, DType::BF16}) {
+        Array x = Array(in, s.m, s.k).fill(random);
+        for (std::int64_t k = 0; k < std::min(s.k, kGroup); ++k) x.set(s.m - 1, k, 0.0f);
+        std::vector<float> bias;
+        for (std::int64_t i = 0; i < s.n; ++i) bias.push_back(random.normal());
+        std::vector<float> sums;
+        for (std::int64_t m = 0; m < s.m; ++m)
+          for (std::int64_t n = 0; n < s.n; ++n) sums.push_back(product(w, x, m, n));
+        for (const int mode : {0, 1, 2, 3}) {
+          const DType type = mode % 2 == 0 ? DType::F32 : DType::BF16;
+          const bool add = mode >= 2;
+          SCOPED_TRACE(testing::Message() << "bits " << f.bits << " offsets " << f.offsets << " zero " << f.zero
+                                          << " m " << s.m << " n " << s.n << " k " << s.k << " " << name_of(in)
+                                          << " -> " << name_of(type) << " bias and accumulate " << add);
+          Array before(type, s.m, s.n + 3);
+          if (add) before.fill(random);
+          Array want = before;
+          for (std::int64_t m = 0; m < s.m; ++m) {
+            for (std::int64_t n = 0; n < s.n; ++n) {
+              float v = sums[static_cast<std::size_t>(m * s.n + n)];
+              if (add) v = v + bias[static_cast<std::size_t>(n)] + before.get(m, n);
+              want.set(m, n, v);
+            }
+          }
+          for (const Gemm gemm : gemms()) {
+            Array out = before;
+            multiply(kernels, gemm, w, x.tensor(), out.tensor().columns(0, s.n), add ? bias.data() : nullptr, add,
+                     1 + random.below(3));
+            for (std::int64_t m = 0; m < s.m; ++m) ASSERT_TRUE(out.same_row(m, want, m)) << "row " << m;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(QuantKernels, a_row_alone_equals_the_row_in_any_batch) {
+  const std::int64_t n = 70, k = 200, most = 70;
+  for (const Format& f : kFormats) {
+    const Weight w(random, f, n, k);
+    const Array x = Array(DType::BF16, most, k).fill(random);
+    for (const Gemm gemm : gemms()) {
+      Array alone(DType::F32, most, n);
+      for (std::int64_t m = 0; m < most; ++m) {
+        multiply(kernels, gemm, w, x.tensor().slice(m, 1), alone.tensor().slice(m, 1), nullptr, false, 3);
+      }
+      for (std::int64_t m = 1; m <= most; ++m) {
+        const std::int64_t first = random.below(static_cast<int>(most - m + 1));
+        Array batch(DType::F32, m, n);
+        multiply(kernels, gemm, w, x.tensor().slice(first, m), batch.tensor(), nullptr, false, 3);
+        for (std::int64_t r = 0; r < m; ++r) {
+          ASSERT_TRUE(batch.same_row(r, alone, first + r)) << "bits " << f.bits << " batch " << m << " row " << r;
+        }
+      }
+    }
+  }
+}
+
+// Steps that are subnormal or zero, and values at both ends of the range.
+TEST_P(QuantKernels, keep_the_definition_for_extreme_activations) {
+  for (const Format& f : kFormats) {
+    const Weight w(random, f, 40, 64);
+    for (const float size : {1e-44f, 3e-44f, 2e-43f, 1e-40f, 1e-37f, 1e35f}) {
+      const Array x = Array(DType::F32, 6, 64).fill(random, size);
+      for (const Gemm gemm : gemms()) {
+        Array out(DType::F32, 6, 40);
+        multiply(kernels, gemm, w, x.tensor(), out.tensor(), nullptr, false, 2);
+        for (std::int64_t m = 0; m < 6; ++m)
+          for (std::int64_t n = 0; n < 40; ++n) ASSERT_EQ(out.get(m, n), product(w, x, m, n)) << size;
+      }
+    }
+  }
+}
+
+TEST_P(QuantKernels, a_row_that_is_not_finite_stays_so_and_alone) {
+  for (const Format& f : kFormats) {
+    const Weight w(random, f, 40, 64);
+    for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+      Array x = Array(DType::F32, 7, 64).fill(random);
+      const Array clean = x;
+      x.set(3, random.below(64), bad);
+      for (const Gemm gemm : gemms()) {
+        Array out(DType::F32, 7, 40), want(DType::F32, 7, 40);
+        multiply(kernels, gemm, w, x.tensor(), out.tensor(), nullptr, false, 2);
+        multiply(kernels, gemm, w, clean.tensor(), want.tensor(), nullptr, false, 2);
+        for (std::int64_t m = 0; m < 7; ++m) {
+          if (m != 3) {
+            EXPECT_TRUE(out.same_row(m, want, m));
+            continue;
+          }
+          for (std::int64_t n = 0; n < 40; ++n) EXPECT_FALSE(std::isfinite(out.get(m, n)));
+        }
+      }
+    }
+  }
+}
+
+FASTLLM_TEST_ALL_ISAS(QuantKernels);
+
+}  // namespace
+}  // namespace fastllm::test
