@@ -2,30 +2,13 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cstring>
 
+#include "model/dequant_blocks.h"
 #include "tensor/dtype.h"
 
 namespace fastllm {
 namespace {
-
-std::uint16_t load16(const std::byte* p) {
-  std::uint16_t x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-
-std::uint32_t load32(const std::byte* p) {
-  std::uint32_t x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-
-float load_half(const std::byte* p) { return half_to_float(load16(p)); }
-
-int u8(const std::byte* p, int i) { return std::to_integer<int>(p[i]); }
-int i8(const std::byte* p, int i) { return static_cast<std::int8_t>(p[i]); }
 
 // Blocks of 32. A byte of `q` holds element i in its low and element i + 16 in its high half.
 
@@ -75,19 +58,6 @@ void q5_1(const std::byte* b, float* out) {
 void q8_0(const std::byte* b, float* out) {
   const float d = load_half(b);
   for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(i8(b + 2, i));
-}
-
-// Blocks of 256 in 8 groups of 32, each with a 6-bit scale and a 6-bit minimum packed into 12 bytes `s`:
-//   groups 0..3: the low 6 bits of s[g] and s[g + 4]
-//   groups 4..7: 4 bits each in s[g + 4], the top 2 bits those of s[g - 4] and s[g]
-struct GroupScale {
-  float scale, minimum;
-};
-
-GroupScale group_scale(const std::byte* s, int g) {
-  if (g < 4) return {static_cast<float>(u8(s, g) & 63), static_cast<float>(u8(s, g + 4) & 63)};
-  return {static_cast<float>((u8(s, g + 4) & 15) | (u8(s, g - 4) >> 6) << 4),
-          static_cast<float>((u8(s, g + 4) >> 4) | (u8(s, g) >> 6) << 4)};
 }
 
 // x = d scale q - m min   f16 d, f16 m, 12 bytes of scales, 128 bytes q: group 2j low halves, 2j + 1 high halves
@@ -157,23 +127,11 @@ void plain(SourceType type, const std::byte* p, std::int64_t n, float* out) {
   } else if (type == SourceType::BF16) {
     for (std::int64_t i = 0; i < n; ++i) out[i] = to_float(bf16{load16(p + 2 * i)});
   } else {
-    for (std::int64_t i = 0; i < n; ++i) out[i] = half_to_float(load16(p + 2 * i));
+    for (std::int64_t i = 0; i < n; ++i) out[i] = load_half(p + 2 * i);
   }
 }
 
 }  // namespace
-
-float half_to_float(std::uint16_t bits) {
-  // Three cases, all computed and one chosen, so that a loop becomes vectors; none of them meets fp32 denormals, which
-  // are slow. Infinities and NaNs (exponent all ones) get the rest of the exponent's bits.
-  const std::int32_t magnitude = bits & 0x7fff;
-  const std::int32_t normal = (magnitude << 13) + (112 << 23);
-  const std::int32_t denormal = std::bit_cast<std::int32_t>(static_cast<float>(magnitude) * 0x1p-24f);
-  const std::int32_t is_denormal = -static_cast<std::int32_t>(magnitude < 0x400);  // all ones or zero, as below
-  const std::int32_t special = -static_cast<std::int32_t>(magnitude > 0x7bff) & 0x7f800000;
-  const auto value = static_cast<std::uint32_t>((denormal & is_denormal) | (normal & ~is_denormal) | special);
-  return std::bit_cast<float>(value | static_cast<std::uint32_t>(bits & 0x8000) << 16);
-}
 
 const SourceFormat& format_of(SourceType type) { return lookup(type); }
 

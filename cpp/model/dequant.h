@@ -20,6 +20,4 @@ const SourceFormat& format_of(SourceType type);
 // Elements [begin, begin + n) of a row that starts at `row`; any range, blocks are cut as needed.
 void dequantize(SourceType type, const std::byte* row, std::int64_t begin, std::int64_t n, float* out);
 
-float half_to_float(std::uint16_t bits);
-
 }  // namespace fastllm

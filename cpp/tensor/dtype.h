@@ -52,4 +52,36 @@ constexpr bf16 to_bf16(float x) {
   return bf16{static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
 
+// IEEE half precision as its bits.
+struct f16 {
+  std::uint16_t bits;
+};
+
+constexpr float to_float(f16 x) {
+  // Three cases, all computed and one chosen, so that a loop becomes vectors; none of them meets fp32 denormals, which
+  // are slow. Infinities and NaNs (exponent all ones) get the rest of the exponent's bits.
+  const std::int32_t magnitude = x.bits & 0x7fff;
+  const std::int32_t normal = (magnitude << 13) + (112 << 23);
+  const std::int32_t denormal = std::bit_cast<std::int32_t>(static_cast<float>(magnitude) * 0x1p-24f);
+  const std::int32_t is_denormal = -static_cast<std::int32_t>(magnitude < 0x400);  // all ones or zero, as below
+  const std::int32_t special = -static_cast<std::int32_t>(magnitude > 0x7bff) & 0x7f800000;
+  const auto value = static_cast<std::uint32_t>((denormal & is_denormal) | (normal & ~is_denormal) | special);
+  return std::bit_cast<float>(value | static_cast<std::uint32_t>(x.bits & 0x8000) << 16);
+}
+
+// Rounds to nearest even; numbers past 65504 become infinite, NaN stays NaN.
+constexpr f16 to_f16(float x) {
+  const auto u = std::bit_cast<std::uint32_t>(x);
+  const std::uint32_t sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  std::uint32_t half = 0x7c00;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, which is the last bit of 0.5f
+    half = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else if (magnitude < 0x477ff000u) {
+    half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return f16{static_cast<std::uint16_t>(sign | half)};
+}
+
 }  // namespace fastllm

@@ -111,6 +111,10 @@ class CpuBackend final : public Backend {
       for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, thread);
     });
   }
+  // The shape of every matrix product; see linear.cc.
+  template <class Prepare, class Product>
+  void multiply(std::int64_t m, std::int64_t panels, std::int64_t block_bytes, std::int64_t row_bytes,
+                Prepare&& prepare, Product&& product);
   // `bytes` for every thread; valid until the next call.
   std::byte* thread_scratch(std::size_t bytes);
 

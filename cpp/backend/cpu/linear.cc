@@ -6,48 +6,42 @@
 #include <mutex>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/quant_weight.h"
+#include "backend/cpu/weight.h"
 
 namespace fastllm::cpu {
 namespace {
 
-// See kernels.h for the layout. Immutable after pack().
-class CpuWeight final : public PackedWeight {
+class DenseWeight final : public CpuWeight {
  public:
-  CpuWeight(std::int64_t rows, std::int64_t cols, DType dtype)
-      : rows_(rows), cols_(cols), dtype_(dtype), pages_(static_cast<std::size_t>(panels() * panel_bytes())) {}
+  DenseWeight(std::int64_t rows, std::int64_t cols, DType dtype)
+      : CpuWeight(rows, cols, is_bf16(dtype) ? kPanel * round_up(cols, 32) * 2 : kPanel * cols * 4), dtype_(dtype) {}
 
-  std::int64_t rows() const override { return rows_; }
-  std::int64_t cols() const override { return cols_; }
-  std::size_t bytes() const override { return pages_.bytes(); }
   DType dtype() const { return dtype_; }
-  std::int64_t panels() const { return (rows_ + kPanel - 1) / kPanel; }
-  std::int64_t panel_bytes() const { return is_bf16(dtype_) ? kPanel * round_up(cols_, 32) * 2 : kPanel * cols_ * 4; }
-  std::byte* panel(std::int64_t p) const { return static_cast<std::byte*>(pages_.data()) + p * panel_bytes(); }
 
-  void read_row(std::int64_t row, float scale, float* out) const {
+  void read_row(std::int64_t row, float scale, float* out) const override {
     const std::int64_t column = row % kPanel;
     if (is_bf16(dtype_)) {
       const auto* w = reinterpret_cast<const bf16*>(panel(row / kPanel)) + column / 16 * 512 + column % 16 * 2;
-      for (std::int64_t k = 0; k < cols_; ++k) {
+      for (std::int64_t k = 0; k < cols(); ++k) {
         out[k] = scale * to_float(w[k / 32 * 1024 + k % 32 / 2 * 32 + k % 2]);
       }
     } else {
       const auto* w = reinterpret_cast<const float*>(panel(row / kPanel)) + column;
-      for (std::int64_t k = 0; k < cols_; ++k) out[k] = scale * w[k * kPanel];
+      for (std::int64_t k = 0; k < cols(); ++k) out[k] = scale * w[k * kPanel];
     }
   }
 
  private:
-  std::int64_t rows_, cols_;
   DType dtype_;
-  Pages pages_;
 };
 
 }  // namespace
 
 std::unique_ptr<PackedWeight> CpuBackend::pack(const HostMatrix& weight, DType compute) {
   assert(compute == DType::F32 || compute == DType::BF16);
-  auto packed = std::make_unique<CpuWeight>(weight.rows, weight.cols, compute);
+  if (weight.groups.bits != 0) return pack_groups(weight, pool_);
+  auto packed = std::make_unique<DenseWeight>(weight.rows, weight.cols, compute);
   const std::int64_t k = weight.cols;
   const std::size_t rows_bytes = static_cast<std::size_t>(kPanel * k) * 4;
   const std::size_t stride = rows_bytes + static_cast<std::size_t>(round_up(k, 64)) * 2;
@@ -93,67 +87,110 @@ void CpuBackend::embed(const Tensor& out, const Step& step, const PackedWeight& 
   });
 }
 
-void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& weight, const float* bias,
-                        bool accumulate) {
-  const auto& w = static_cast<const CpuWeight&>(weight);
-  assert(x.dtype == w.dtype() && x.cols() == w.cols() && out.cols() == w.rows() && out.rows() == x.rows());
-  const std::int64_t m = x.rows(), k = w.cols(), panels = w.panels();
-  if (m == 0) return;
-  const bool narrow = is_bf16(w.dtype());
-  const auto gemm = narrow ? kernels_.gemm_bf16 : kernels_.gemm_f32;
-  GemmArgs g{.a = x.data,
-             .lda = x.stride[0],
-             .w = w.panel(0),
-             .m = m,
-             .n = w.rows(),
-             .k = k,
-             .bias = bias,
-             .out = out.data,
-             .ldo = out.stride[0],
-             .out_bf16 = is_bf16(out.dtype),
-             .accumulate = accumulate};
+// prepare(block, area): one block of activation rows as the product takes them, into an area of all blocks;
+// block_bytes: of one of them, 0 when the product takes the rows as they are.
+// product(area, m0, m1, p0, p1): rows [m0, m1) times panels [p0, p1).
+template <class Prepare, class Product>
+void CpuBackend::multiply(std::int64_t m, std::int64_t panels, std::int64_t block_bytes, std::int64_t row_bytes,
+                          Prepare&& prepare, Product&& product) {
   const std::int64_t row_blocks = (m + kRowBlock - 1) / kRowBlock;
-  const auto block_bytes = narrow ? kernels_.prepared_bytes(k) : 0;
-  const auto prepare = [&](std::int64_t block, void* to) {
-    kernels_.prepare_bf16(static_cast<const std::uint16_t*>(x.data), x.stride[0], block * kRowBlock,
-                          std::min(m, (block + 1) * kRowBlock), k, to);
-  };
   const int threads = pool_.size();
-
   if (row_blocks == 1) {
     // Bound by reading the weights: each thread streams one contiguous share and prepares the few rows for itself.
-    auto* scratch = narrow ? thread_scratch(static_cast<std::size_t>(block_bytes)) : nullptr;
+    auto* scratch = block_bytes > 0 ? thread_scratch(static_cast<std::size_t>(block_bytes)) : nullptr;
     pool_.run([&](int i) {
       const std::int64_t p0 = panels * i / threads, p1 = panels * (i + 1) / threads;
       if (p0 == p1) return;
-      GemmArgs mine = g;
-      if (narrow) {
-        auto* a = scratch + (static_cast<std::size_t>(block_bytes) + 127) / 128 * 128 * static_cast<std::size_t>(i);
+      std::byte* a = nullptr;
+      if (block_bytes > 0) {
+        a = scratch + (static_cast<std::size_t>(block_bytes) + 127) / 128 * 128 * static_cast<std::size_t>(i);
         prepare(0, a);
-        mine.a = a;
       }
-      gemm(mine, 0, m, p0, p1);
+      product(a, 0, m, p0, p1);
     });
     return;
   }
-  if (narrow) {
-    auto* a = static_cast<std::byte*>(shared_.get(static_cast<std::size_t>(block_bytes * row_blocks)));
+  std::byte* a = nullptr;
+  if (block_bytes > 0) {
+    a = static_cast<std::byte*>(shared_.get(static_cast<std::size_t>(block_bytes * row_blocks)));
     split(row_blocks, block_bytes, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t b = begin; b < end; ++b) prepare(b, a);
     });
-    g.a = a;
   }
   // Rows are taken in groups whose activations stay in the second-level cache while panels stream past.
   constexpr std::int64_t kGroupBytes = 1 << 20;
-  const std::int64_t per_block = narrow ? block_bytes : kRowBlock * k * 4;
+  const std::int64_t per_block = block_bytes > 0 ? block_bytes : kRowBlock * row_bytes;
   const std::int64_t groups = std::max<std::int64_t>(1, (row_blocks * per_block + kGroupBytes - 1) / kGroupBytes);
   const std::int64_t group = (row_blocks + groups - 1) / groups;  // blocks
   const std::int64_t chunk = std::clamp<std::int64_t>(panels / (threads * 8), 1, 8);
   const std::int64_t chunks = (panels + chunk - 1) / chunk;
   share(chunks * ((row_blocks + group - 1) / group), [&](std::int64_t item, int) {
     const std::int64_t b = item / chunks * group, p = item % chunks * chunk;
-    gemm(g, b * kRowBlock, std::min(m, (b + group) * kRowBlock), p, std::min(panels, p + chunk));
+    product(a, b * kRowBlock, std::min(m, (b + group) * kRowBlock), p, std::min(panels, p + chunk));
   });
+}
+
+void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& weight, const float* bias,
+                        bool accumulate) {
+  const auto& w = static_cast<const CpuWeight&>(weight);
+  assert(x.cols() == w.cols() && out.cols() == w.rows() && out.rows() == x.rows());
+  const std::int64_t m = x.rows(), k = w.cols();
+  if (m == 0) return;
+  const auto rows_of = [m](std::int64_t block) { return std::min(m, (block + 1) * kRowBlock); };
+
+  if (const auto* quant = dynamic_cast<const QuantWeight*>(&w)) {
+    const GroupFormat& f = quant->format();
+    const QuantArgs g{.a = nullptr,
+                      .w = w.panel(0),
+                      .m = m,
+                      .n = w.rows(),
+                      .k = k,
+                      .bits = f.bits,
+                      .offsets = f.offsets,
+                      .zero = f.zero,
+                      .bias = bias,
+                      .out = out.data,
+                      .ldo = out.stride[0],
+                      .out_bf16 = is_bf16(out.dtype),
+                      .accumulate = accumulate};
+    multiply(
+        m, w.panels(), kernels_.prepared_i8_bytes(k), 0,
+        [&](std::int64_t block, void* area) {
+          kernels_.prepare_i8(x.data, is_bf16(x.dtype), x.stride[0], block * kRowBlock, rows_of(block), k, area);
+        },
+        [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1) {
+          QuantArgs mine = g;
+          mine.a = area;
+          kernels_.gemm_quant(mine, m0, m1, p0, p1);
+        });
+    return;
+  }
+
+  const bool narrow = is_bf16(x.dtype);
+  assert(x.dtype == static_cast<const DenseWeight&>(w).dtype());
+  const auto gemm = narrow ? kernels_.gemm_bf16 : kernels_.gemm_f32;
+  const GemmArgs g{.a = x.data,
+                   .lda = x.stride[0],
+                   .w = w.panel(0),
+                   .m = m,
+                   .n = w.rows(),
+                   .k = k,
+                   .bias = bias,
+                   .out = out.data,
+                   .ldo = out.stride[0],
+                   .out_bf16 = is_bf16(out.dtype),
+                   .accumulate = accumulate};
+  multiply(
+      m, w.panels(), narrow ? kernels_.prepared_bytes(k) : 0, k * 4,
+      [&](std::int64_t block, void* area) {
+        kernels_.prepare_bf16(static_cast<const std::uint16_t*>(x.data), x.stride[0], block * kRowBlock, rows_of(block),
+                              k, area);
+      },
+      [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1) {
+        GemmArgs mine = g;
+        if (narrow) mine.a = area;
+        gemm(mine, m0, m1, p0, p1);
+      });
 }
 
 }  // namespace fastllm::cpu

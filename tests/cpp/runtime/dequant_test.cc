@@ -124,16 +124,37 @@ TEST(Dequant, test_any_range_equals_that_part_of_the_row) {
 }
 
 TEST(Dequant, test_halves_convert_exactly) {
-  EXPECT_EQ(half_to_float(0x3c00), 1.0f);
-  EXPECT_EQ(half_to_float(0xc000), -2.0f);
-  EXPECT_EQ(half_to_float(0x7bff), 65504.0f);
-  EXPECT_EQ(half_to_float(0x0400), 0x1p-14f);
-  EXPECT_EQ(half_to_float(0x0001), 0x1p-24f);  // smallest denormal
-  EXPECT_EQ(half_to_float(0x83ff), -1023 * 0x1p-24f);
-  EXPECT_EQ(half_to_float(0x7c00), std::numeric_limits<float>::infinity());
-  EXPECT_EQ(half_to_float(0xfc00), -std::numeric_limits<float>::infinity());
-  EXPECT_TRUE(std::isnan(half_to_float(0x7e00)));
-  EXPECT_TRUE(std::signbit(half_to_float(0x8000)));
+  EXPECT_EQ(to_float(f16{0x3c00}), 1.0f);
+  EXPECT_EQ(to_float(f16{0xc000}), -2.0f);
+  EXPECT_EQ(to_float(f16{0x7bff}), 65504.0f);
+  EXPECT_EQ(to_float(f16{0x0400}), 0x1p-14f);
+  EXPECT_EQ(to_float(f16{0x0001}), 0x1p-24f);  // smallest denormal
+  EXPECT_EQ(to_float(f16{0x83ff}), -1023 * 0x1p-24f);
+  EXPECT_EQ(to_float(f16{0x7c00}), std::numeric_limits<float>::infinity());
+  EXPECT_EQ(to_float(f16{0xfc00}), -std::numeric_limits<float>::infinity());
+  EXPECT_TRUE(std::isnan(to_float(f16{0x7e00})));
+  EXPECT_TRUE(std::signbit(to_float(f16{0x8000})));
+}
+
+TEST(Dequant, test_floats_round_to_the_nearest_half) {
+  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const f16 half{static_cast<std::uint16_t>(bits)};
+    if ((bits & 0x7fff) > 0x7c00) {
+      EXPECT_TRUE(std::isnan(to_float(to_f16(to_float(half)))));
+      continue;
+    }
+    ASSERT_EQ(to_f16(to_float(half)).bits, bits);
+    if ((bits & 0x7fff) >= 0x7bff) continue;
+    // Half way to the next goes to the even one; a little less or more to the nearer one.
+    const float x = to_float(half), next = to_float(f16{static_cast<std::uint16_t>(bits + 1)});
+    const float middle = (x + next) / 2;
+    ASSERT_EQ(to_f16(middle).bits, bits + (bits & 1));
+    ASSERT_EQ(to_f16(std::nextafterf(middle, x)).bits, bits);
+    ASSERT_EQ(to_f16(std::nextafterf(middle, next)).bits, bits + 1);
+  }
+  EXPECT_EQ(to_f16(65519.0f).bits, 0x7bff);
+  EXPECT_EQ(to_f16(65520.0f).bits, 0x7c00);
+  EXPECT_EQ(to_f16(-1e30f).bits, 0xfc00);
 }
 
 }  // namespace

@@ -1,0 +1,228 @@
+#include "backend/cpu/quant_weight.h"
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <mutex>
+#include <vector>
+
+#include "fastllm/error.h"
+#include "tensor/dtype.h"
+
+namespace fastllm::cpu {
+namespace {
+
+static_assert(kGroup == fastllm::kGroup);
+constexpr std::int64_t kTile = 16;  // columns
+
+using Group = std::array<float, kGroup>;
+
+std::int64_t groups_of(std::int64_t cols) { return (cols + kGroup - 1) / kGroup; }
+std::int64_t code_bytes(const GroupFormat& f) { return quant_code_bytes(f.bits); }
+std::int64_t block_bytes(const GroupFormat& f) { return quant_block_bytes(f.bits, f.offsets); }
+
+// Where a block has the code of a column and a k; 4-bit codes of odd quads are in the high halves.
+std::int64_t code_at(int bits, std::int64_t column, std::int64_t k) {
+  const std::int64_t tile = column / kTile, quad = bits == 8 ? k / 4 : k / 8;
+  return (tile * kGroup * bits / 32 + quad) * kTile * 4 + column % kTile * 4 + k % 4;
+}
+bool in_high_half(int bits, std::int64_t k) { return bits == 4 && k / 4 % 2 == 1; }
+
+f16 load_half(const std::byte* p) {
+  f16 x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+float round_to_half(float x) { return to_float(to_f16(x)); }
+
+// The nearest integer to x in [0, top], ties to even.
+float nearest(float x, float top) {
+  constexpr float kShift = 1.5f * (1 << 23);  // floats of this size are integers
+  return (std::min(std::max(x, 0.0f), top) + kShift) - kShift;
+}
+
+struct Line {
+  float scale = 0, offset = 0;
+};
+
+// Codes, as floats, for x on a line, and the squared error that is left.
+float place(const Group& x, Line line, float top, Group& codes) {
+  const float inverse = line.scale > 0 ? 1 / line.scale : 0.0f;
+  float error = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    codes[i] = nearest((x[i] - line.offset) * inverse, top);
+    const float d = line.scale * codes[i] + line.offset - x[i];
+    error += d * d;
+  }
+  return error;
+}
+
+// The line with the least squared error for given codes.
+Line fit(const Group& x, const Group& codes) {
+  float sum_u = 0, sum_uu = 0, sum_x = 0, sum_ux = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    sum_u += codes[i], sum_uu += codes[i] * codes[i];
+    sum_x += x[i], sum_ux += codes[i] * x[i];
+  }
+  constexpr float n = kGroup;
+  const float spread = n * sum_uu - sum_u * sum_u;
+  if (!(spread > 0)) return {0, sum_x / n};
+  const float scale = (n * sum_ux - sum_u * sum_x) / spread;
+  return {scale, (sum_x - scale * sum_u) / n};
+}
+
+Line rounded(Line line) { return {round_to_half(line.scale), round_to_half(line.offset)}; }
+
+// Spans that cut a little off both ends, each with the line that suits its codes best.
+Line choose_line(const Group& x, int bits, Group& codes) {
+  const auto [low, high] = std::minmax_element(x.begin(), x.end());
+  const float top = static_cast<float>((1 << bits) - 1), span = *high - *low;
+  Line best = rounded({span / top, *low});
+  float least = place(x, best, top, codes);
+  if (bits > 4) return best;
+  for (const float cut : {0.0f, 0.03f, 0.06f, 0.1f, 0.15f}) {
+    Group tried;
+    place(x, {span * (1 - 2 * cut) / top, *low + cut * span}, top, tried);
+    const Line line = rounded(fit(x, tried));
+    const float error = place(x, line, top, tried);
+    if (error < least) least = error, best = line, codes = tried;
+  }
+  return best;
+}
+
+float choose_scale(const Group& x, const GroupFormat& f, Group& codes) {
+  float most = 0;
+  for (const float v : x) most = std::max(most, std::abs(v));
+  const int top = (1 << f.bits) - 1;
+  const float scale = round_to_half(most / static_cast<float>(std::min(f.zero, top - f.zero)));
+  const float inverse = scale > 0 ? 1 / scale : 0.0f;
+  const auto zero = static_cast<float>(f.zero);
+  for (std::size_t i = 0; i < x.size(); ++i) codes[i] = nearest(x[i] * inverse + zero, static_cast<float>(top));
+  return scale;
+}
+
+// Codes of up to kPanel rows, as HostMatrix::read_groups gives them.
+struct CodeRows {
+  explicit CodeRows(const HostMatrix& m)
+      : cols(m.cols),
+        groups(groups_of(m.cols)),
+        codes(static_cast<std::size_t>(kPanel * cols)),
+        scales(static_cast<std::size_t>(kPanel * groups)),
+        offsets(m.groups.offsets ? scales.size() : 0),
+        numbers(m.read_groups ? 0 : codes.size()) {}
+
+  void read(const HostMatrix& m, std::int64_t begin, std::int64_t end) {
+    float* off = offsets.empty() ? nullptr : offsets.data();
+    if (m.read_groups) return m.read_groups(begin, end, codes.data(), scales.data(), off);
+    m.read(begin, end, numbers.data());
+    for (std::int64_t r = 0; r < end - begin; ++r) {
+      choose_codes(m.groups, numbers.data() + r * cols, cols, codes.data() + r * cols, scales.data() + r * groups,
+                   off == nullptr ? nullptr : off + r * groups);
+    }
+  }
+
+  // Rows [0, n) into a panel of zeros.
+  void pack(const GroupFormat& f, std::int64_t n, std::byte* panel) const {
+    for (std::int64_t g = 0; g < groups; ++g) {
+      std::byte* block = panel + g * block_bytes(f);
+      for (std::int64_t r = 0; r < n; ++r) {
+        std::array<std::uint8_t, kGroup> group{};
+        std::copy_n(codes.data() + r * cols + g * kGroup, std::min(kGroup, cols - g * kGroup), group.begin());
+        for (std::size_t k = 0; k < group.size(); k += 4) put_quad(f.bits, r, k, group.data() + k, block);
+        put(block + code_bytes(f) + r * 2, scales[static_cast<std::size_t>(r * groups + g)]);
+        if (f.offsets) put(block + code_bytes(f) + (kPanel + r) * 2, offsets[static_cast<std::size_t>(r * groups + g)]);
+      }
+    }
+  }
+
+  std::int64_t cols, groups;
+  std::vector<std::uint8_t> codes;
+  std::vector<float> scales, offsets;
+  std::vector<float> numbers;
+
+ private:
+  static void put(std::byte* to, float x) {
+    const f16 half = to_f16(x);
+    std::memcpy(to, &half, sizeof half);
+  }
+  static void put_quad(int bits, std::int64_t column, std::size_t k, const std::uint8_t* quad, std::byte* block) {
+    const auto first = static_cast<std::int64_t>(k);
+    std::byte* to = block + code_at(bits, column, first);
+    const int shift = in_high_half(bits, first) ? 4 : 0;
+    for (int i = 0; i < 4; ++i) to[i] |= static_cast<std::byte>(quad[i] << shift);
+  }
+};
+
+}  // namespace
+
+QuantWeight::QuantWeight(std::int64_t rows, std::int64_t cols, const GroupFormat& format)
+    : CpuWeight(rows, cols, groups_of(cols) * block_bytes(format)), format_(format) {
+  assert(format.bits == 4 || format.bits == 8);
+}
+
+void QuantWeight::read_row(std::int64_t row, float scale, float* out) const {
+  const std::int64_t column = row % kPanel;
+  const std::byte* block = panel(row / kPanel);
+  for (std::int64_t begin = 0; begin < cols(); begin += kGroup, block += block_bytes(format_)) {
+    const std::byte* halves = block + code_bytes(format_) + column * 2;
+    const float step = to_float(load_half(halves));
+    const float offset = format_.offsets ? to_float(load_half(halves + kPanel * 2)) : 0.0f;
+    const std::int64_t width = std::min(kGroup, cols() - begin);
+    for (std::int64_t k = 0; k < width; ++k) {
+      const int byte = std::to_integer<int>(block[code_at(format_.bits, column, k)]);
+      const int code = format_.bits == 8 ? byte : in_high_half(format_.bits, k) ? byte >> 4 : byte & 15;
+      out[begin + k] = scale * (step * static_cast<float>(code - format_.zero) + offset);
+    }
+  }
+}
+
+void choose_codes(const GroupFormat& format, const float* x, std::int64_t n, std::uint8_t* codes, float* scales,
+                  float* offsets) {
+  for (std::int64_t begin = 0, g = 0; begin < n; begin += kGroup, ++g) {
+    const auto width = static_cast<std::size_t>(std::min(kGroup, n - begin));
+    // A shorter last group repeats its last number, which changes neither its ends nor its magnitude.
+    Group group, chosen;
+    std::copy_n(x + begin, width, group.begin());
+    std::fill(group.begin() + static_cast<std::ptrdiff_t>(width), group.end(), group[width - 1]);
+    if (format.offsets) {
+      const Line line = choose_line(group, format.bits, chosen);
+      scales[g] = line.scale, offsets[g] = line.offset;
+    } else {
+      scales[g] = choose_scale(group, format, chosen);
+    }
+    float sum = 0;  // infinite or NaN when one of them is
+    for (const float v : group) sum += std::abs(v);
+    if (!std::isfinite(sum) || !std::isfinite(scales[g]) || (format.offsets && !std::isfinite(offsets[g])))
+      throw LoadError("a weight holds numbers that are not finite or too large to be quantised; load it without");
+    for (std::size_t i = 0; i < width; ++i)
+      codes[begin + static_cast<std::int64_t>(i)] = static_cast<std::uint8_t>(chosen[i]);
+  }
+}
+
+std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, ThreadPool& pool) {
+  auto packed = std::make_unique<QuantWeight>(weight.rows, weight.cols, weight.groups);
+  const std::int64_t panels = packed->panels(), threads = pool.size();
+  std::exception_ptr failure;
+  std::mutex failed;
+  pool.run([&](int thread) {
+    try {
+      CodeRows rows(weight);
+      for (std::int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; ++p) {
+        const std::int64_t begin = p * kPanel, end = std::min(begin + kPanel, weight.rows);
+        rows.read(weight, begin, end);
+        rows.pack(weight.groups, end - begin, packed->panel(p));
+      }
+    } catch (...) {
+      const std::lock_guard lock(failed);
+      if (!failure) failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+  return packed;
+}
+
+}  // namespace fastllm::cpu

@@ -1,0 +1,33 @@
+// Weights that stay in groups of codes, and the choice of codes for numbers that have none.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "backend/cpu/weight.h"
+#include "base/thread_pool.h"
+
+namespace fastllm::cpu {
+
+class QuantWeight final : public CpuWeight {
+ public:
+  QuantWeight(std::int64_t rows, std::int64_t cols, const GroupFormat& format);
+  const GroupFormat& format() const { return format_; }
+  void read_row(std::int64_t row, float scale, float* out) const override;
+
+ private:
+  GroupFormat format_;
+};
+
+// Packs a matrix as weight.groups says. Every thread writes the panels that it reads later when few rows are
+// multiplied, so that their pages are near it. Throws what the matrix throws, and LoadError when numbers are too large
+// for fp16 scales.
+std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, ThreadPool& pool);
+
+// Codes for x[0, n): symmetric ones reach the largest magnitude of each group, those with offsets span from its
+// smallest to its largest number; of 4 bits, several spans are tried and the one with the least squared error is taken.
+// codes: [n]; scales, offsets: [ceil(n / kGroup)], numbers of fp16; offsets null without.
+void choose_codes(const GroupFormat& format, const float* x, std::int64_t n, std::uint8_t* codes, float* scales,
+                  float* offsets);
+
+}  // namespace fastllm::cpu

@@ -1,0 +1,34 @@
+// What the CPU backend keeps of a weight: panels of kPanel rows, one after the other; see kernels.h for the layouts.
+// Immutable after pack().
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/backend.h"
+#include "backend/cpu/kernels.h"
+#include "backend/cpu/memory.h"
+
+namespace fastllm::cpu {
+
+class CpuWeight : public PackedWeight {
+ public:
+  std::int64_t rows() const override { return rows_; }
+  std::int64_t cols() const override { return cols_; }
+  std::size_t bytes() const override { return pages_.bytes(); }
+  std::int64_t panels() const { return (rows_ + kPanel - 1) / kPanel; }
+  std::byte* panel(std::int64_t p) const { return static_cast<std::byte*>(pages_.data()) + p * panel_bytes_; }
+
+  // out[k] = scale * w[row][k]
+  virtual void read_row(std::int64_t row, float scale, float* out) const = 0;
+
+ protected:
+  CpuWeight(std::int64_t rows, std::int64_t cols, std::int64_t panel_bytes)
+      : rows_(rows), cols_(cols), panel_bytes_(panel_bytes), pages_(static_cast<std::size_t>(panels() * panel_bytes)) {}
+
+ private:
+  std::int64_t rows_, cols_, panel_bytes_;
+  Pages pages_;
+};
+
+}  // namespace fastllm::cpu
