@@ -8,6 +8,7 @@ struct Ceilings {
   double fp32 = 0;                    // FLOP/s of fp32 multiply-adds, all threads
   double bf16 = 0;                    // FLOP/s of bf16 tile products, all threads; 0 without AMX
   double int8 = 0;                    // OP/s of int8 tile products, all threads; 0 without AMX
+  double int8_vnni = 0;               // OP/s of int8 products in vector registers, all threads; 0 without VNNI
 };
 
 // Takes about two seconds; the best of several short runs each. Measured on the first call.
