@@ -9,9 +9,6 @@
 
 #include "backend/cpu/kernels/micro.h"
 #include "backend/cpu/kernels/quant_dot.h"
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace fastllm::cpu {
 namespace {
@@ -27,10 +24,64 @@ constexpr int kQuantRows = 2;
 
 int64_t prepared_i8_bytes(int64_t k) { return kRowBlock * QuantRow::stride(groups_of(k)); }
 
+#if defined(__AVX2__)
+typedef __m256i Half;  // of eight lanes
+#if defined(__AVX512F__)
+inline Half low_half(__m512i v) { return _mm512_castsi512_si256(v); }
+inline Half high_half(__m512i v) { return _mm512_extracti64x4_epi64(v, 1); }
+#endif
+inline uint32_t max_lane(vu v) {
+#if defined(__AVX512F__)
+  const auto all = reinterpret_cast<__m512i>(v);
+  const Half h = _mm256_max_epu32(low_half(all), high_half(all));
+#else
+  const auto h = reinterpret_cast<Half>(v);
+#endif
+  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+}
+inline int32_t sum_lanes(vi v) {
+#if defined(__AVX512F__)
+  const auto all = reinterpret_cast<__m512i>(v);
+  const Half h = _mm256_add_epi32(low_half(all), high_half(all));
+#else
+  const auto h = reinterpret_cast<Half>(v);
+#endif
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+  return _mm_cvtsi128_si32(s);
+}
+inline void store_bytes(int8_t* to, vi v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+#else
+  const auto h = reinterpret_cast<Half>(v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+#endif
+}
+#else
+inline uint32_t max_lane(vu v) {
+  uint32_t most = 0;
+  for (int i = 0; i < kW; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+inline int32_t sum_lanes(vi v) {
+  int32_t sum = 0;
+  for (int i = 0; i < kW; ++i) sum += v[i];
+  return sum;
+}
+inline void store_bytes(int8_t* to, vi v) {
+  for (int i = 0; i < kW; ++i) to[i] = static_cast<int8_t>(v[i]);
+}
+#endif
+
 // Rounds a group of x, of which `n` exist, to codes at `to`.
 template <class T>
 inline void prepare_group(const T* x, int64_t n, int8_t* to, float* step, float* step_sum, int32_t* sum) {
-  typedef int8_t Codes __attribute__((vector_size(kW)));
   const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vf v[kGroup / kW];
   vu most{};
@@ -40,9 +91,7 @@ inline void prepare_group(const T* x, int64_t n, int8_t* to, float* step, float*
     const vu magnitude = as_bits(v[i]) & 0x7fffffffu;  // orders like |x|, NaN above all
     most = magnitude > most ? magnitude : most;
   }
-  uint32_t lane[kW], bits = 0;
-  __builtin_memcpy(lane, &most, sizeof most);
-  for (int i = 0; i < kW; ++i) bits = lane[i] > bits ? lane[i] : bits;
+  const uint32_t bits = max_lane(most);
   float absmax;
   __builtin_memcpy(&absmax, &bits, 4);
   const float xs = absmax / 127.0f;
@@ -53,11 +102,9 @@ inline void prepare_group(const T* x, int64_t n, int8_t* to, float* step, float*
     const vf q = min(max(v[i] / divisor, set1(-127.0f)), set1(127.0f));
     const vi code = reinterpret_cast<vi>(as_bits(q + magic) - as_bits(magic));
     total += code;
-    const Codes narrow = __builtin_convertvector(code, Codes);
-    __builtin_memcpy(to + i * kW, &narrow, sizeof narrow);
+    store_bytes(to + i * kW, code);
   }
-  int32_t s = 0;
-  for (int i = 0; i < kW; ++i) s += total[i];
+  const int32_t s = sum_lanes(total);
   *step = xs;
   *sum = s;
   *step_sum = xs * static_cast<float>(s);
@@ -91,12 +138,16 @@ inline void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p) {
   const char* w = static_cast<const char*>(g.w) + p * groups * kBytes;
   QuantRow row[R];
   for (int r = 0; r < R; ++r) row[r] = row_of(g, m + r);
-  vf acc[R][kVecs] = {};
+  vf acc[R][kVecs];
+  for (auto& a : acc)
+    for (vf& v : a) v = vf{};
   for (int64_t b = 0; b < groups; ++b, w += kBytes) {
     for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(w + kQuantAhead + line, 0, 3);
     const auto* scales = reinterpret_cast<const uint16_t*>(w + kCodes);
     for (int first = 0; first < kVecs; first += kTogether) {
-      typename Dot::Sum sum[R][kTogether] = {};
+      typename Dot::Sum sum[R][kTogether];
+      for (auto& s : sum)
+        for (auto& v : s) v = typename Dot::Sum{};
       for (int quad = 0; quad < kGroup / 4; quad += 2) {
         vu codes[2][kTogether];
         for (int j = 0; j < kTogether; ++j) {
@@ -154,20 +205,13 @@ void gemm_quant(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t 
   run(g, m0, m1, p0, p1);
 }
 
-#if defined(__AVX2__)
-bool has_byte_dot() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-#if defined(__AVX512F__)
-  constexpr unsigned kAvx512Vnni = 1u << 11;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & kAvx512Vnni) != 0;
-#else
-  constexpr unsigned kAvxVnni = 1u << 4;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni) != 0;
-#endif
+}  // namespace
+
+#if defined(__AMX_BF16__)
+void FASTLLM_ISA::multiply_rows(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  gemm_quant<ByteDot, ByteDot>(g, m0, m1, p0, p1);
 }
 #endif
-
-}  // namespace
 
 void FASTLLM_ISA::fill_quant(Kernels& t) {
   t.prepared_i8_bytes = prepared_i8_bytes;

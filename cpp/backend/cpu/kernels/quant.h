@@ -2,9 +2,35 @@
 #pragma once
 
 #include "backend/cpu/kernels/gemm.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace fastllm::cpu {
+
+namespace FASTLLM_ISA {
+// gemm_quant() for few rows, with the dot products of bytes that has_byte_dot() promises. AMX level only.
+void multiply_rows(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
+}  // namespace FASTLLM_ISA
+
 namespace {
+
+#if defined(__AVX2__)
+// A bit of leaf 7 of CPUID. reg: 0 for EAX ... 3 for EDX
+inline bool cpu_has(unsigned subleaf, int reg, int bit) {
+  unsigned r[4] = {};
+  return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) && (r[reg] >> bit & 1u) != 0;
+}
+
+// Whether this machine has VPDPBUSD for the vectors of this level: AVX512_VNNI or AVX_VNNI.
+inline bool has_byte_dot() {
+#if defined(__AVX512F__)
+  return cpu_has(0, 2, 11);
+#else
+  return cpu_has(1, 0, 4);
+#endif
+}
+#endif
 
 inline int64_t groups_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
 

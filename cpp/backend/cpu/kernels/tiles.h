@@ -27,6 +27,9 @@ inline void release() { __asm__ volatile("tilerelease" ::: "memory"); }
                    : "memory")
 #define TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t::: "memory")
 #define TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
+// A is signed bytes, B signed or unsigned ones. AMX-INT8 is another bit of CPUID than AMX-BF16.
+#define TILE_DOT_SIGNED(c, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
+#define TILE_DOT_UNSIGNED(c, a, b) __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
 
 }  // namespace
 }  // namespace fastllm::cpu
