@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from tables import find_pyplot, leaves, number, save, table
 
 Columns = list[tuple[str, dict[str, Any]]]  # engine -> its result, with the keys of gpu_workloads.py
 
@@ -39,14 +40,14 @@ def workload_table(shape: str, columns: Columns) -> str:
         rows.append([label, *["" if v is None else f"{v:,.2f}" if v < 100 else f"{v:,.0f}" for v in values], ratio])
 
     for key, label in _THROUGHPUT:
-        add(f"{label}, output tokens/s", [_get(r, key, "out_tok_s") for _, r in columns])
-    add("prefill 64 x 2048, all tokens/s", [_get(r, "prefill_64x2048", "total_tok_s") for _, r in columns])
-    add("one sequence, ms a token", [_get(r, "bs1_128_128", "tpot_ms") for _, r in columns], True)
-    add("first token of 128, ms", [_get(r, "bs1_128_128", "ttft_ms") for _, r in columns], True)
+        add(f"{label}, output tokens/s", [number(r, key, "out_tok_s") for _, r in columns])
+    add("prefill 64 x 2048, all tokens/s", [number(r, "prefill_64x2048", "total_tok_s") for _, r in columns])
+    add("one sequence, ms a token", [number(r, "bs1_128_128", "tpot_ms") for _, r in columns], True)
+    add("first token of 128, ms", [number(r, "bs1_128_128", "ttft_ms") for _, r in columns], True)
     for length in (512, 2048, 4000):
-        add(f"first token of {length}, ms", [_get(r, f"ttft_{length}") for _, r in columns], True)
-    add("load, s", [_get(r, "load_s") for _, r in columns], True)
-    return _table(shape, ["", *[name for name, _ in columns], "to best peer"], rows)
+        add(f"first token of {length}, ms", [number(r, f"ttft_{length}") for _, r in columns], True)
+    add("load, s", [number(r, "load_s") for _, r in columns], True)
+    return table(shape, ["", *[name for name, _ in columns], "to best peer"], rows)
 
 
 def step_table(shape: str, columns: Columns) -> str:
@@ -54,35 +55,35 @@ def step_table(shape: str, columns: Columns) -> str:
     rows: list[list[str]] = []
     for key, label in [*_THROUGHPUT, ("prefill_64x2048", "prefill 64 x 2048")]:
         for name, result in columns:
-            host = _get(result, key, "host_us_per_step")
-            seconds, steps = _get(result, key, "s"), _get(result, key, "steps")
+            host = number(result, key, "host_us_per_step")
+            seconds, steps = number(result, key, "s"), number(result, key, "steps")
             if host is not None and seconds and steps:
                 step = seconds / steps * 1e6
                 rows.append([label, name, f"{step:,.0f}", f"{host:,.1f}", f"{host / step * 100:.1f} %"])
-    return _table(f"{shape}: steps", ["", "", "us a step", "us of host", "host"], rows) if rows else ""
+    return table(f"{shape}: steps", ["", "", "us a step", "us of host", "host"], rows) if rows else ""
 
 
 def transformers_table(shape: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     """Output tokens/s of Transformers beside fastllm's for as many requests of the same lengths."""
     output = theirs.get("output_tokens", 64)
-    ways = [("one at a time", 1, _get(theirs, "one_at_a_time", "out_tok_s"))]
+    ways = [("one at a time", 1, number(theirs, "one_at_a_time", "out_tok_s"))]
     for size, one in theirs.get("static", {}).items():
-        best = " (best)" if str(_get(theirs, "best_static", "batch")) == f"{size}.0" else ""
-        ways.append((f"static batch of {size}{best}", int(size), _get(one, "out_tok_s")))
-    count = int(_get(theirs, "continuous", "requests") or 0)
-    ways.append((f"continuous batching of {count}", count, _get(theirs, "continuous", "out_tok_s")))
+        best = " (best)" if str(number(theirs, "best_static", "batch")) == f"{size}.0" else ""
+        ways.append((f"static batch of {size}{best}", int(size), number(one, "out_tok_s")))
+    count = int(number(theirs, "continuous", "requests") or 0)
+    ways.append((f"continuous batching of {count}", count, number(theirs, "continuous", "out_tok_s")))
     rows: list[list[str]] = []
     for label, requests, rate in ways:
         if rate is None:
             continue
-        mine = _get(ours, f"static_b{requests}_128_{output}", "out_tok_s")
+        mine = number(ours, f"static_b{requests}_128_{output}", "out_tok_s")
         ratio = "" if mine is None else f"{mine / rate:,.1f}x"
         rows.append([label, f"{rate:,.1f}", "" if mine is None else f"{mine:,.1f}", ratio])
     if not rows:
         return ""
     name = f"Transformers {theirs.get('transformers', '')}".strip()
     title = f"{shape}: beside {name}, prompts of 128 and {output} output tokens, output tokens/s"
-    return _table(title, ["", name, "fastllm", "ratio"], rows)
+    return table(title, ["", name, "fastllm", "ratio"], rows)
 
 
 def kernel_table(kernels: dict[str, Any]) -> str:
@@ -91,29 +92,29 @@ def kernel_table(kernels: dict[str, Any]) -> str:
         [name, *[f"{one[key]:,.2f}" if key in one else "" for key in ("us", "GB/s", "TFLOP/s")], _percent(one)]
         for name, one in _benchmarks(kernels)
     ]
-    return _table("kernels", ["", "us", "GB/s", "TFLOP/s", "of floor"], rows) if rows else ""
+    return table("kernels", ["", "us", "GB/s", "TFLOP/s", "of floor"], rows) if rows else ""
 
 
 def plain_table(title: str, result: dict[str, Any]) -> str:
     """Every figure of a nested result, one a row."""
-    rows = [[name, f"{value:,.3f}" if isinstance(value, float) else str(value)] for name, value in _leaves(result)]
-    return _table(title, ["", ""], rows) if rows else ""
+    rows = [[name, f"{value:,.3f}" if isinstance(value, float) else str(value)] for name, value in leaves(result)]
+    return table(title, ["", ""], rows) if rows else ""
 
 
 def failure_table(title: str, result: dict[str, Any]) -> str:
     """What failed or was skipped, and why."""
-    rows = [[path, str(value)] for path, value in _leaves(result) if {"failed", "skipped"} & {*path.split(", ")}]
-    return _table(title, ["", ""], rows) if rows else ""
+    rows = [[path, str(value)] for path, value in leaves(result) if {"failed", "skipped"} & {*path.split(", ")}]
+    return table(title, ["", ""], rows) if rows else ""
 
 
 def has_matplotlib() -> bool:
-    return _pyplot() is not None
+    return find_pyplot() is not None
 
 
 def plot_kernels(kernels: dict[str, Any], file: Path) -> None:
     """Share of the roofline that every kernel reaches. Nothing without matplotlib or results."""
     shown = [(name, one["floor"]) for name, one in _benchmarks(kernels) if "floor" in one]
-    pyplot = _pyplot() if shown else None
+    pyplot = find_pyplot() if shown else None
     if pyplot is None:
         return
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.22 * len(shown)))
@@ -121,21 +122,21 @@ def plot_kernels(kernels: dict[str, Any], file: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel("share of the roofline")
-    _save(pyplot, figure, file)
+    save(pyplot, figure, file)
 
 
 def concurrency(result: dict[str, Any]) -> list[tuple[int, float]]:
     """Requests of 128/128 tokens at once, and the output tokens/s of all together."""
-    single = _get(result, "bs1_128_128", "e2e_ms")
+    single = number(result, "bs1_128_128", "e2e_ms")
     rates = [(1, None if single is None else 128e3 / single)]
-    rates += [(n, _get(result, f"static_b{n}_128_128", "out_tok_s")) for n in (8, 32, 64, 128, 256)]
+    rates += [(n, number(result, f"static_b{n}_128_128", "out_tok_s")) for n in (8, 32, 64, 128, 256)]
     return [(n, rate) for n, rate in rates if rate is not None]
 
 
 def plot_concurrency(shape: str, columns: Columns, file: Path) -> None:
     """Throughput against concurrency, a line per engine. Nothing without matplotlib or results."""
     lines = [(name, points) for name, result in columns if (points := concurrency(result))]
-    pyplot = _pyplot() if lines else None
+    pyplot = find_pyplot() if lines else None
     if pyplot is None:
         return
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
@@ -150,14 +151,7 @@ def plot_concurrency(shape: str, columns: Columns, file: Path) -> None:
     axes.set_title(shape)
     axes.grid(True, which="both", linewidth=0.3)
     axes.legend()
-    _save(pyplot, figure, file)
-
-
-def _get(result: dict[str, Any], *keys: str) -> float | None:
-    value: Any = result
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, int | float) else None
+    save(pyplot, figure, file)
 
 
 def _benchmarks(kernels: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -171,33 +165,3 @@ def _benchmarks(kernels: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _percent(one: dict[str, Any]) -> str:
     return f"{one['floor'] * 100:.0f} %" if "floor" in one else ""
-
-
-def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield path, value
-        return
-    for key, inner in value.items():
-        yield from _leaves(inner, f"{path}, {key}" if path else str(key))
-
-
-def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
-    lines = [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join([*lines, *["| " + " | ".join(row) + " |" for row in rows]]) + "\n\n"
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(pyplot: Any, figure: Any, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)
