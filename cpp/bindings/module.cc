@@ -5,6 +5,7 @@
 #include "fastllm/version.h"
 #include "model/bundle_writer.h"
 #include "model/dequant.h"
+#include "model/dequant_groups.h"
 
 namespace fastllm {
 namespace {
@@ -58,6 +59,9 @@ PYBIND11_MODULE(_core, m) {
   bind_engine(m);
 
   m.def("dequantize", &dequantize_rows, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("cols"));
+  m.def(
+      "group_bits", [](const std::string& type) { return groups_of(source_type_from_name(type)).bits; },
+      py::arg("type"));
   m.def(
       "export_weights",
       [](const std::string& spec_json, const std::vector<WeightBinding>& weights, const std::string& path,

@@ -38,6 +38,7 @@ void bind_types(py::module_& m) {
       .def(py::init([](const py::kwargs& f) { return from_kwargs<EngineConfig>(f, "EngineConfig"); }))
       .def_readwrite("device", &EngineConfig::device)
       .def_readwrite("dtype", &EngineConfig::dtype)
+      .def_readwrite("quantization", &EngineConfig::quantization)
       .def_readwrite("max_model_len", &EngineConfig::max_model_len)
       .def_readwrite("max_num_seqs", &EngineConfig::max_num_seqs)
       .def_readwrite("max_step_tokens", &EngineConfig::max_step_tokens)

@@ -1,15 +1,20 @@
 #include "model/decoder_weights.h"
 
+#include "fastllm/error.h"
+#include "model/dequant_groups.h"
+
 namespace fastllm {
 namespace {
 
 class Packer {
  public:
-  Packer(const WeightLoader& loader, Backend& backend, DType compute, const LoadProgress& progress)
-      : loader_(loader), backend_(backend), compute_(compute), progress_(progress) {}
+  Packer(const WeightLoader& loader, Backend& backend, DType compute, const LoadProgress& progress,
+         Quantization quantization)
+      : loader_(loader), backend_(backend), compute_(compute), progress_(progress), quantization_(quantization) {}
 
-  std::unique_ptr<PackedWeight> matrix(const std::string& name) {
-    auto packed = backend_.pack(loader_.matrix(name), compute_);
+  std::unique_ptr<PackedWeight> matrix(const std::string& name, WeightUse use) {
+    const GroupFormat groups = choose_groups(quantization_, use, loader_.own_groups(name));
+    auto packed = backend_.pack(loader_.matrix(name, groups), compute_);
     report(name);
     return packed;
   }
@@ -26,7 +31,7 @@ class Packer {
   }
   LinearWeights linear(const std::string& name, bool bias) {
     LinearWeights w;
-    w.weight = matrix(name + ".weight");
+    w.weight = matrix(name + ".weight", WeightUse::Linear);
     if (bias) w.bias = vector(name + ".bias");
     return w;
   }
@@ -51,6 +56,7 @@ class Packer {
   Backend& backend_;
   DType compute_;
   const LoadProgress& progress_;
+  Quantization quantization_;
   std::int64_t done_ = 0;  // bytes
 };
 
@@ -62,12 +68,37 @@ DeviceVector::DeviceVector(Backend& backend, std::span<const float> values)
   backend.synchronize();
 }
 
+Quantization quantization_from_name(const std::string& name) {
+  if (name == "auto") return Quantization::Auto;
+  if (name == "none") return Quantization::None;
+  if (name == "int8") return Quantization::Int8;
+  if (name == "int4") return Quantization::Int4;
+  throw InvalidArgument("quantization is '" + name + "', but must be auto, none, int8 or int4.");
+}
+
+GroupFormat choose_groups(Quantization wanted, WeightUse use, const GroupFormat& own) {
+  constexpr GroupFormat kInt4{4, true, 0};
+  switch (wanted) {
+    case Quantization::None:
+      return {};
+    case Quantization::Auto:
+      return own;
+    case Quantization::Int8:
+      return use == WeightUse::Table ? own : kWideGroups;
+    case Quantization::Int4:
+      if (use == WeightUse::Table) return own;
+      // Few bits cost most in the logits.
+      return use == WeightUse::Head ? kWideGroups : kInt4;
+  }
+  return {};
+}
+
 DecoderWeights load_decoder_weights(const WeightLoader& loader, Backend& backend, DType compute,
-                                    const LoadProgress& progress) {
+                                    const LoadProgress& progress, Quantization quantization) {
   const ModelSpec& spec = loader.spec();
-  Packer pack(loader, backend, compute, progress);
+  Packer pack(loader, backend, compute, progress, quantization);
   DecoderWeights w;
-  w.tokens = pack.matrix("embed.tokens.weight");
+  w.tokens = pack.matrix("embed.tokens.weight", spec.head.tied ? WeightUse::Head : WeightUse::Table);
   if (spec.embed.learned_positions > 0) w.positions = pack.positions("embed.positions.weight");
   for (int i = 0; i < spec.num_layers(); ++i) {
     const LayerSpec& l = spec.layer(i);
@@ -85,7 +116,7 @@ DecoderWeights load_decoder_weights(const WeightLoader& loader, Backend& backend
     out.post_ffn = pack.norm(at + "post_ffn_norm", l.post_ffn);
   }
   w.final_norm = pack.norm("final_norm", spec.head.final_norm);
-  if (!spec.head.tied) w.head.weight = pack.matrix("head.weight");
+  if (!spec.head.tied) w.head.weight = pack.matrix("head.weight", WeightUse::Head);
   if (spec.head.bias) w.head.bias = pack.vector("head.bias");
   return w;
 }

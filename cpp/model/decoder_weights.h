@@ -1,6 +1,7 @@
 // The weights of one rank in the layout of its backend.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
@@ -45,11 +46,20 @@ struct DecoderWeights {
   LinearWeights head;  // weight null when tied
 };
 
+// What a backend that can compute on groups of codes is given: see fastllm/types.h, EngineConfig::quantization.
+enum class Quantization : std::uint8_t { Auto, None, Int8, Int4 };
+Quantization quantization_from_name(const std::string& name);  // throws InvalidArgument
+
+enum class WeightUse : std::uint8_t { Linear, Head, Table };  // Head: the logits, tied tables too
+
+// How a weight is kept that has `own` groups in its checkpoint.
+GroupFormat choose_groups(Quantization wanted, WeightUse use, const GroupFormat& own);
+
 // Of all packed matrices.
 std::int64_t packed_bytes(const DecoderWeights& weights);
 
 // Packs for activations of type `compute`. `progress` (may be empty) is called after every tensor.
 DecoderWeights load_decoder_weights(const WeightLoader& loader, Backend& backend, DType compute,
-                                    const LoadProgress& progress);
+                                    const LoadProgress& progress, Quantization quantization = Quantization::Auto);
 
 }  // namespace fastllm

@@ -14,6 +14,7 @@
 #include "fastllm/error.h"
 #include "model/checked.h"
 #include "model/dequant.h"
+#include "model/dequant_groups.h"
 
 namespace fastllm {
 namespace {
@@ -228,6 +229,37 @@ struct Reader {
     }
   }
 
+  // This rank's columns are whole groups of every source.
+  bool is_cut_between_groups() const { return col_begin % kGroup == 0 && cols % kGroup == 0; }
+
+  bool has_groups(const GroupFormat& f) const {
+    const WeightBinding& b = *entry.binding;
+    return !b.add_one && is_cut_between_groups() &&
+           std::all_of(b.sources.begin(), b.sources.end(), [&](const auto& t) { return groups_fit(t.type, f); });
+  }
+
+  // Matrices only.
+  void copy_groups(const GroupFormat& f, std::int64_t begin, std::int64_t end, std::uint8_t* codes, float* scales,
+                   float* offsets) const {
+    const std::int64_t groups = cols / kGroup;
+    for (std::int64_t r = begin; r < end; ++r, codes += cols, scales += groups) {
+      const auto canonical = canonical_row(entry, rank, size, r);
+      if (canonical < 0) {
+        std::fill_n(codes, cols, std::uint8_t{0});
+        std::fill_n(scales, groups, 0.0f);
+        if (offsets != nullptr) std::fill_n(offsets, groups, 0.0f);
+      } else {
+        const auto [index, source] = source_row(entry, canonical);
+        const SourceTensor& t = entry.binding->sources[index];
+        const SourceFormat& s = format_of(t.type);
+        const std::int64_t at = stored_row(t, source) * (entry.cols / s.block_elements) * s.block_bytes;
+        read_groups(t.type, f, static_cast<const std::byte*>(t.data) + at, col_begin / kGroup, groups, codes, scales,
+                    offsets);
+      }
+      if (offsets != nullptr) offsets += groups;
+    }
+  }
+
   // The checkpoint has a row for each of our columns; a run of our rows lies together there.
   void read_transposed(std::int64_t begin, std::int64_t end, float* out) const {
     const SourceTensor& t = entry.binding->sources[0];
@@ -334,12 +366,29 @@ std::int64_t WeightLoader::source_bytes(const std::string& canonical) const {
   return impl_->entries.at(canonical).bytes;
 }
 
-HostMatrix WeightLoader::matrix(const std::string& canonical) const {
+HostMatrix WeightLoader::matrix(const std::string& canonical, const GroupFormat& groups) const {
   Reader reader = impl_->reader(canonical);
   HostMatrix matrix{rank_rows(reader.entry, impl_->size), reader.cols, reader, {}};
   if (reader.is_plain_bf16())
     matrix.read_bf16 = [reader](auto begin, auto end, std::uint16_t* out) { reader.copy_bf16(begin, end, out); };
+  matrix.groups = groups;
+  if (groups.bits != 0 && reader.has_groups(groups)) {
+    matrix.read_groups = [reader, groups](auto begin, auto end, std::uint8_t* codes, float* scales, float* offsets) {
+      reader.copy_groups(groups, begin, end, codes, scales, offsets);
+    };
+  }
   return matrix;
+}
+
+GroupFormat WeightLoader::own_groups(const std::string& canonical) const {
+  const Reader reader = impl_->reader(canonical);
+  const auto& sources = reader.entry.binding->sources;
+  GroupFormat common = groups_of(sources[0].type);
+  for (const SourceTensor& t : sources) {
+    if (format_of(t.type).block_elements == 1) return {};
+    common = common_groups(common, groups_of(t.type));
+  }
+  return reader.has_groups(common) ? common : kWideGroups;
 }
 
 std::vector<float> WeightLoader::vector(const std::string& canonical) const {

@@ -12,6 +12,7 @@
 #include "base/thread_pool.h"
 #include "fastllm/error.h"
 #include "model/bundle.h"
+#include "model/decoder_weights.h"
 #include "runtime/engine_loop.h"
 #include "runtime/local_executor.h"
 #include "runtime/memory_advice.h"
@@ -55,6 +56,10 @@ void check_device_settings(const EngineConfig& config) {
     throw InvalidArgument("gpu_memory_utilization is " + std::to_string(config.gpu_memory_utilization) +
                           ", but must be above 0 and at most 1.");
   }
+  const Quantization quantization = quantization_from_name(config.quantization);
+  if (is_gpu(config) && (quantization == Quantization::Int8 || quantization == Quantization::Int4))
+    throw InvalidArgument("quantization '" + config.quantization + "' runs on CPUs only; the device is '" +
+                          config.device + "'.");
   if (config.kv_cache_dtype == "auto") return;
   if (config.kv_cache_dtype != "fp8")
     throw InvalidArgument("kv_cache_dtype is '" + config.kv_cache_dtype + "', but must be auto or fp8.");

@@ -21,11 +21,11 @@ struct KvBudget {
   std::int64_t resident_blocks = std::numeric_limits<std::int64_t>::max();
 };
 
-// The memory of the first rank's GPU at this moment; all zero on CPUs. Bytes.
+// The memory of the first rank's GPU at this moment; on CPUs the weights of all ranks, the rest zero. Bytes.
 struct DeviceUse {
   std::string name;
   std::int64_t total = 0, free = 0;
-  std::int64_t weights = 0;  // packed, of this rank
+  std::int64_t weights = 0;  // packed
 };
 
 class Executor {

@@ -84,13 +84,11 @@ class LocalExecutor final : public Executor {
   }
 
   KvBudget profile() override {
-    std::int64_t weight_bytes = 0;
-    for (const auto& rank : ranks_) weight_bytes += rank->worker->weight_bytes();
     const std::int64_t rank_block = ranks_[0]->worker->block_bytes();
     const std::int64_t block = rank_block * static_cast<std::int64_t>(ranks_.size());
     if (!is_gpu()) {
       KvBudget budget = kv_budget(config_, block, ranks_[0]->worker->device().memory_free);
-      budget.resident_blocks = weight_bytes / block;
+      budget.resident_blocks = weight_bytes() / block;
       return budget;
     }
     run_on_all([](Rank& r) { r.worker->run_worst_step(); });
@@ -105,7 +103,7 @@ class LocalExecutor final : public Executor {
   }
 
   DeviceUse device_use() override {
-    if (!is_gpu()) return {};
+    if (!is_gpu()) return {{}, 0, 0, weight_bytes()};
     const DeviceInfo device = ranks_[0]->worker->device();
     return {device.name, device.memory_total, device.memory_free, ranks_[0]->worker->weight_bytes()};
   }
@@ -168,6 +166,11 @@ class LocalExecutor final : public Executor {
     work_.notify();
   }
 
+  std::int64_t weight_bytes() const {
+    std::int64_t sum = 0;
+    for (const auto& rank : ranks_) sum += rank->worker->weight_bytes();
+    return sum;
+  }
   bool is_gpu() const { return ranks_[0]->worker->profile_by_running(); }
 
   // Between steps only.

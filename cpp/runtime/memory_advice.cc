@@ -35,10 +35,10 @@ std::string memory_advice(StartPhase phase, const EngineConfig& c) {
 EngineMemory memory_of(const StartUse& use) {
   EngineMemory m;
   m.total = use.ready.total;
+  m.weights = use.loaded.weights;
   if (m.total == 0) return m;
   const auto difference = [](std::int64_t a, std::int64_t b) { return std::max<std::int64_t>(a - b, 0); };
   m.device = use.ready.name;
-  m.weights = use.loaded.weights;
   m.activations = difference(use.loaded.free, use.stepped.free);
   m.kv_cache = use.kv_bytes;
   m.graphs = difference(use.stepped.free - use.ready.free, use.kv_bytes);

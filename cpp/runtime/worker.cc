@@ -47,7 +47,8 @@ StepLimits step_limits(const EngineConfig& c, const ModelSpec& spec) {
 DecoderWeights load(const EngineConfig& c, const ModelSource& source, Backend& backend, const Communicator& comm,
                     const LoadProgress& progress) {
   const WeightLoader loader(source, comm.rank(), comm.size());
-  return load_decoder_weights(loader, backend, dtype_from_name(c.dtype), progress);
+  const Quantization quantization = quantization_from_name(c.quantization);
+  return load_decoder_weights(loader, backend, dtype_from_name(c.dtype), progress, quantization);
 }
 
 void move_blocks(Backend& backend, Buffer& dst, const Buffer& src, std::int64_t block_bytes,

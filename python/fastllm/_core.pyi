@@ -18,6 +18,7 @@ class EngineConfig:
 
     device: str
     dtype: str
+    quantization: str  # "auto" | "none" | "int8" | "int4"
     max_model_len: int
     max_num_seqs: int
     max_step_tokens: int
@@ -123,7 +124,7 @@ class EngineStats:
     healthy: bool
 
 class EngineMemory:
-    """fastllm::EngineMemory: what the memory of the first GPU went to, in bytes; all zero on CPUs."""
+    """fastllm::EngineMemory: what the memory of the first GPU went to, in bytes; on CPUs only weights is known."""
 
     device: str
     total: int
@@ -185,6 +186,9 @@ class Engine:
 
 def dequantize(type: str, data: Any, rows: int, cols: int) -> NDArray[np.float32]:
     """[rows, cols] fp32 from checkpoint rows of a SourceType, for tests and conversion."""
+
+def group_bits(type: str) -> int:
+    """Bits of the codes that a SourceType keeps when it is computed on as it is; 0 if it is not."""
 
 def export_weights(spec_json: str, weights: Sequence[WeightBinding], path: str, dtype: str) -> None:
     """Writes canonical tensors as safetensors, one at a time. dtype: "float32" | "bfloat16" | "float16"."""

@@ -68,6 +68,8 @@ class EngineClient:
         device = choose_device(args.device, args.tensor_parallel_size)
         _log_dtype(args, files)
         core_config = args.to_core(max_len, files.spec["embed"]["vocab"], device, offline=offline)
+        if core_config.device == "cpu" and core_config.quantization == "auto":
+            _log_compression(files)
         progress = Progress("Loading weights", 0, "B")
         if files.is_bundle:
             core = _core.Engine.open(core_config, str(files.path), progress.update)
@@ -255,6 +257,17 @@ def _log_dtype(args: EngineArgs, files: ModelFiles) -> None:
         log.info("float16 is computed in bfloat16: the same size, more range, less precision.")
     elif wanted == "float32" and args.dtype == "auto":
         log.info("The float32 checkpoint is cast down to bfloat16; pass dtype=float32 to keep it.")
+
+
+def _log_compression(files: ModelFiles) -> None:
+    """Says once what becomes of block formats; plain types have no codes and stay dense."""
+    types = {t.type for b in files.bindings for t in b.sources if t.type not in ("F32", "F16", "BF16")}
+    kept = sorted(name for name in types if _core.group_bits(name))
+    converted = sorted(types.difference(kept))
+    if kept:
+        log.info("Weights stay compressed as in the file: %s.", ", ".join(kept))
+    if converted:
+        log.info("Weights are converted to 8 bits with a scale for every 32: %s.", ", ".join(converted))
 
 
 def _chat_template(args: EngineArgs) -> str | None:

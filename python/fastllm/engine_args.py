@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
+QUANTIZATIONS = ("none", "int8", "int4", "gguf")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy", "null")
 
 
@@ -68,7 +69,12 @@ class EngineArgs:
     )
     chat_template: str | None = _arg(None, "model", "file with a chat template, or the template itself")
     trust_remote_code: bool = _arg(False, "model", "accepted; code from a checkpoint is never run", action=OnOff)
-    quantization: str | None = _arg(None, "model", "only checkpoints' own formats (GGUF) are supported")
+    quantization: str | None = _arg(
+        None,
+        "model",
+        "int8, int4: quantise linear layers when loading (CPUs only; logits with 8 bits); none: never compressed, "
+        "not even GGUF; gguf or not given: as the checkpoint, GGUF staying compressed on CPUs",
+    )
     seed: int = _arg(0, "model", "seed of requests that have none", type=int)
 
     device: str = _arg("auto", "device", "cpu, cuda or cuda:N; auto: a GPU if one can be used, else the CPU")
@@ -137,10 +143,9 @@ class EngineArgs:
             )
         if self.pipeline_parallel_size != 1:
             raise ValueError("pipeline_parallel_size must be 1; use tensor_parallel_size to split a model.")
-        if self.quantization not in (None, "gguf"):
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ValueError(
-                f"quantization={self.quantization!r} is not supported: weights are used as the checkpoint has them, "
-                "unquantised or in GGUF's block formats."
+                f"quantization={self.quantization!r} is not supported; known are {', '.join(QUANTIZATIONS)}."
             )
 
     @classmethod
@@ -189,6 +194,7 @@ class EngineArgs:
         config.enforce_eager = self.enforce_eager
         config.deterministic = self.deterministic
         config.dtype = self.compute_dtype()
+        config.quantization = "auto" if self.quantization in (None, "gguf") else self.quantization
         config.max_model_len = max_model_len
         config.prefix_caching = self.enable_prefix_caching
         config.preemption = self.preemption_mode

@@ -155,7 +155,7 @@ class LLM:
 
     @property
     def memory(self) -> _core.EngineMemory:
-        """What the memory of the first GPU went to; all zero on CPUs."""
+        """What the memory of the first GPU went to; on CPUs only weights is known."""
         return self._client.core.memory
 
     def shutdown(self) -> None:

@@ -1,4 +1,4 @@
-"""SmolLM2 135M from its GGUF file: the tokens of Transformers, in fp32, over real prompts."""
+"""SmolLM2 135M from its GGUF file: the tokens of Transformers, in dense fp32, over real prompts."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def prompts(tokenizer: Any, count: int) -> list[list[int]]:
 def check(demo_gguf: str, reference: Any, make_llm: Callable[..., LLM], count: int, new_tokens: int) -> None:
     import torch
 
-    llm = make_llm(demo_gguf, max_model_len=512, num_gpu_blocks_override=1200)
+    llm = make_llm(demo_gguf, quantization="none", max_model_len=512, num_gpu_blocks_override=1200)
     batch = prompts(llm.get_tokenizer(), count)
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=0)
     outputs = llm.generate(batch, params, use_tqdm=False)

@@ -34,6 +34,7 @@ def test_defaults_of_command_line_and_class_agree() -> None:
         (["--device", "cuda:1"], "device", "cuda:1"),
         (["--gpu-memory-utilization", "0.85"], "gpu_memory_utilization", 0.85),
         (["--kv-cache-dtype", "fp8"], "kv_cache_dtype", "fp8"),
+        (["--quantization", "int4"], "quantization", "int4"),
         (["--enforce-eager"], "enforce_eager", True),
         (["--deterministic"], "deterministic", True),
         (["--swap-space", "8"], "swap_space", 8.0),

@@ -108,8 +108,11 @@ enum class SchedulingPolicy : std::uint8_t { Fcfs, Priority };
 enum class PreemptionMode : std::uint8_t { Recompute, Swap };  // Swap falls back to Recompute when host blocks run out
 
 struct EngineConfig {
-  std::string device = "cpu";            // "cpu", "cuda", "cuda:N", or "auto": a GPU if one can be used, else the CPU
-  std::string dtype = "bfloat16";        // weights and activations: "float32" or "bfloat16"
+  std::string device = "cpu";      // "cpu", "cuda", "cuda:N", or "auto": a GPU if one can be used, else the CPU
+  std::string dtype = "bfloat16";  // weights and activations: "float32" or "bfloat16"
+  // "auto": compressed checkpoints are computed on as they are where the device can; "none": never; "int8", "int4":
+  // every linear layer is quantised when it is loaded, the logits' with 8 bits. CPUs only.
+  std::string quantization = "auto";
   int max_model_len = 0;                 // tokens of prompt + output; 0: the model's own limit
   int max_num_seqs = 256;                // sequences resident at once (slots)
   int max_step_tokens = 2048;            // token budget of one step
@@ -156,7 +159,8 @@ struct EngineStats {
   bool healthy = true;            // false after a fault of the executor
 };
 
-// What the memory of the first rank's GPU went to when the engine had started; all zero on CPUs. Bytes.
+// What the memory of the first rank's GPU went to when the engine had started. On CPUs only the weights are known,
+// those of all ranks. Bytes.
 struct EngineMemory {
   std::string device;  // its name
   std::int64_t total = 0;

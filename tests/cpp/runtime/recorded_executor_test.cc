@@ -174,7 +174,7 @@ TEST(LocalExecutor, test_the_worst_step_is_measured_where_only_running_tells) {
   log.profile_by_running = false;
   executor->profile();
   EXPECT_EQ(tokens.size(), 1u);
-  EXPECT_EQ(executor->device_use().weights, 0);
+  EXPECT_EQ(executor->device_use().total, 0);
 }
 
 }  // namespace

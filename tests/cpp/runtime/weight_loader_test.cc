@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <functional>
 #include <string>
 #include <vector>
@@ -271,6 +272,104 @@ TEST(WeightLoader, test_bf16_rows_are_handed_out_as_they_are) {
   EXPECT_FALSE(WeightLoader(s, 0, 1).matrix("head.weight").read_bf16);
   binding(s, kQkv).sources[2] = tensor("v", {32, 64}, model()[kQkv]);
   EXPECT_FALSE(WeightLoader(s, 0, 1).matrix(kQkv).read_bf16) << "one source is fp32";
+}
+
+// A tensor of a block format of 32 elements whose scales, and offsets if it has some, are ordinary halves.
+SourceTensor blocks(SourceType type, std::vector<std::int64_t> shape, std::vector<std::byte>& data, std::size_t seed) {
+  const SourceFormat& f = format_of(type);
+  data.resize(static_cast<std::size_t>(shape[0] * shape[1] / f.block_elements * f.block_bytes));
+  for (std::size_t i = 0; i < data.size(); ++i) data[i] = static_cast<std::byte>((i * 37 + seed) & 255);
+  for (std::size_t b = 0; b < data.size(); b += static_cast<std::size_t>(f.block_bytes))
+    data[b + 1] = data[b + 3] = std::byte{0x28};
+  SourceTensor t;
+  t.name = f.name, t.type = type, t.shape = std::move(shape), t.data = data.data();
+  t.bytes = static_cast<std::int64_t>(data.size());
+  return t;
+}
+
+// What the codes of a matrix stand for.
+std::vector<float> read_codes(const HostMatrix& m) {
+  const std::int64_t groups = (m.cols + kGroup - 1) / kGroup;
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(m.rows * m.cols));
+  std::vector<float> scales(static_cast<std::size_t>(m.rows * groups)), offsets(m.groups.offsets ? scales.size() : 0);
+  for (std::int64_t begin = 0; begin < m.rows; begin += 5)
+    m.read_groups(begin, std::min(m.rows, begin + 5), codes.data() + begin * m.cols, scales.data() + begin * groups,
+                  offsets.empty() ? nullptr : offsets.data() + begin * groups);
+  std::vector<float> out;
+  for (std::int64_t i = 0; i < m.rows * m.cols; ++i) {
+    const auto g = static_cast<std::size_t>(i / m.cols * groups + i % m.cols / kGroup);
+    const int code = codes[static_cast<std::size_t>(i)] - m.groups.zero;
+    out.push_back(scales[g] * static_cast<float>(code) + (offsets.empty() ? 0.0f : offsets[g]));
+  }
+  return out;
+}
+
+TEST(WeightLoader, test_codes_take_the_same_rows_and_columns_as_numbers) {
+  ModelSource s = model().source();
+  std::vector<std::byte> data[8];
+  SourceTensor q = blocks(SourceType::Q4_0, {64, 64}, data[0], 3), k = blocks(SourceType::Q8_0, {32, 64}, data[1], 5);
+  q.interleaved_head_dim = k.interleaved_head_dim = 16;
+  binding(s, kQkv) = {kQkv, WeightTransform::QkvConcat, false, {q, k, blocks(SourceType::Q4_0, {32, 64}, data[2], 7)}};
+  binding(s, kGateUp) = {
+      kGateUp,
+      WeightTransform::GateUpConcat,
+      false,
+      {blocks(SourceType::Q4_1, {96, 64}, data[3], 9), blocks(SourceType::Q4_0, {96, 64}, data[4], 11)}};
+  const std::string out = "layers.1.attn.out.weight";
+  binding(s, out).sources = {blocks(SourceType::Q5_0, {64, 64}, data[5], 13)};
+  binding(s, kDown).sources = {blocks(SourceType::Q8_0, {64, 96}, data[6], 17)};
+  binding(s, "embed.tokens.weight").sources = {blocks(SourceType::Q4_0, {97, 64}, data[7], 19)};
+  const struct {
+    std::string name;
+    GroupFormat own;
+  } rows[] = {{kQkv, {8, false, 128}},
+              {kGateUp, {4, true, 0}},
+              {out, {8, false, 16}},
+              {kDown, {8, false, 128}},
+              {"embed.tokens.weight", {4, false, 8}}};
+  for (int size : {1, 2, 4}) {
+    for (int rank = 0; rank < size; ++rank) {
+      const WeightLoader loader(s, rank, size);
+      for (const auto& row : rows) {
+        SCOPED_TRACE(row.name + " of rank " + std::to_string(rank) + " of " + std::to_string(size));
+        const bool by_columns = row.name == kDown || row.name == out;
+        const std::int64_t cols = (row.name == kDown ? 96 : 64) / (by_columns ? size : 1);
+        const GroupFormat own = loader.own_groups(row.name);
+        if (cols % kGroup != 0) {  // cut inside groups
+          EXPECT_EQ(own, (GroupFormat{8, false, 128}));
+          EXPECT_FALSE(loader.matrix(row.name, own).read_groups);
+          continue;
+        }
+        EXPECT_EQ(own, row.own);
+        const HostMatrix m = loader.matrix(row.name, own);
+        ASSERT_TRUE(m.read_groups);
+        const auto got = read_codes(m), want = read(m);
+        ASSERT_EQ(got.size(), want.size());
+        for (std::size_t i = 0; i < got.size(); ++i) ASSERT_NEAR(got[i], want[i], 1e-5 * (1 + std::abs(want[i]))) << i;
+      }
+    }
+  }
+}
+
+TEST(WeightLoader, test_codes_are_given_only_where_all_sources_have_them) {
+  ModelSource s = model().source();
+  std::vector<std::byte> data[2];
+  const WeightLoader dense(s, 0, 1);
+  EXPECT_EQ(dense.own_groups(kDown), GroupFormat{});
+  EXPECT_EQ(dense.matrix(kDown).groups, GroupFormat{});
+  const HostMatrix asked = dense.matrix(kDown, {8, false, 128});
+  EXPECT_EQ(asked.groups, (GroupFormat{8, false, 128}));
+  EXPECT_FALSE(asked.read_groups) << "fp32 has no codes";
+
+  binding(s, kGateUp) = {kGateUp,
+                         WeightTransform::GateUpConcat,
+                         false,
+                         {blocks(SourceType::Q4_1, {96, 64}, data[0], 9), tensor("up", {96, 64}, model()[kGateUp])}};
+  EXPECT_EQ(WeightLoader(s, 0, 1).own_groups(kGateUp), GroupFormat{}) << "one source is fp32";
+  binding(s, kGateUp).sources[1] = blocks(SourceType::Q8_0, {96, 64}, data[1], 5);
+  const WeightLoader loader(s, 0, 1);
+  EXPECT_EQ(loader.own_groups(kGateUp), (GroupFormat{8, true, 0}));
+  EXPECT_FALSE(loader.matrix(kGateUp, {4, true, 0}).read_groups) << "8 bits do not fit into 4";
 }
 
 }  // namespace
