@@ -3,14 +3,14 @@
 //   for m, n: acc = 0; for groups: acc = fma(scale[n][g], xs[m][g] * sum_k (code[n][k] - zero) * xq[m][k], acc)
 //
 // A group has scales of its own, so a tile product spans K = 32 and its sums leave the tiles at once: they are stored
-// while the tiles work on the next group, and come back as vectors to be scaled. 12 rows by 32 columns of fp32 sums
-// stay in 24 registers. The stores bound the speed, at 17 cycles for a tile however few rows it has: half the rate of
-// the dense bf16 product.
+// while the tiles work on the next group, and come back as vectors to be scaled. The stores bound the speed, at 17
+// cycles for a tile however few rows it has: half the rate of the dense bf16 product. So row tiles are high, though the
+// fp32 sums of 16 rows by 32 columns are a few more than the registers hold.
 //
 // Weights become signed bytes and fp32 scales once for kStripRows rows, kChunk groups at a time:
 //
 //     groups of a panel   | chunk | chunk | ...       for each chunk: unpack, then all row tiles of the strip
-//     rows                | 12 | 12 | ... | strip     fp32 sums rest in memory between chunks
+//     rows                | 16 | 16 | ... | strip     fp32 sums rest in memory between chunks
 //
 // Cost: N K (bits + 0.5) / 8 bytes while M is small. Benchmark: fastllm_bench_ops --benchmark_filter=Quant
 #include "backend/cpu/kernels/micro.h"
@@ -22,9 +22,9 @@
 namespace fastllm::cpu {
 namespace {
 
-constexpr int kTileRows = 12;        // rows whose sums fit the registers
+constexpr int kTileRows = 16;
 constexpr int64_t kFewRows = 4;      // up to here vectors alone are faster
-constexpr int64_t kStripRows = 252;  // rows that share one unpacking
+constexpr int64_t kStripRows = 256;  // rows that share one unpacking
 constexpr int64_t kChunk = 16;       // groups unpacked together
 constexpr int64_t kPanelAhead = 4 << 10;
 
