@@ -44,7 +44,7 @@ def compare(first: LLM, second: LLM, prompt: list[int], top: int, best: int = 1)
 
 # name -> bounds of the mean and the largest difference, and: the likeliest token is among so many, this often. Random
 # weights have no outliers and no margin between tokens; log-probabilities spread by about 1.5.
-_BOUNDS = {"int8": (0.08, 0.9, 1, 0.9), "int4": (0.6, 8.0, 5, 0.75)}
+_BOUNDS = {"int8": (0.08, 1.5, 2, 0.95), "int4": (0.6, 8.0, 5, 0.75)}
 
 
 @pytest.mark.parametrize("quantization", list(_BOUNDS))
@@ -117,10 +117,10 @@ def test_gguf_stays_compressed_and_near_its_dense_numbers(
     assert f"Weights stay compressed as in the file: {kind}." in caplog.text
     assert 0 < compressed.memory.weights < 0.75 * dense.memory.weights
     prompt = np.random.default_rng(seed).integers(0, 256, 250).tolist()
-    mean, worst, same = compare(dense, compressed, prompt, 320)
+    mean, worst, same = compare(dense, compressed, prompt, 320, 2)
     share = compressed.memory.weights / dense.memory.weights
-    print(f"{kind}: {share:.3f} of the memory; differences {mean:.4f} mean, {worst:.4f} at most; {same:.1%} same")
-    assert mean < 0.08 and worst < 0.9 and same > 0.85
+    print(f"{kind}: {share:.3f} of the memory; differences {mean:.4f} mean, {worst:.4f} at most; {same:.1%} among 2")
+    assert mean < 0.08 and worst < 1.5 and same > 0.95
 
 
 def test_an_unknown_quantization_is_refused_with_the_known_ones() -> None:
