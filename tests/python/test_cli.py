@@ -140,7 +140,11 @@ def test_interrupted_generation_says_so_with_its_status() -> None:
         "1M",
         "--ignore-eos",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def hear_interrupts() -> None:  # a job that a shell put in the background ignores them, and so do its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_interrupts)
     assert process.stdout is not None
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
