@@ -117,7 +117,7 @@ def test_bad_request_is_invalid(prompt: Any, fields: dict[str, Any]) -> None:
 
 def test_request_that_waits_too_long_times_out() -> None:
     async def test(engine: AsyncLLM) -> None:
-        running = engine.generate("first", params(max_tokens=4000), "first")
+        running = engine.generate("first", params(max_tokens=900_000), "first")
         await anext(running)
         with pytest.raises(RequestError) as raised:
             async for _ in engine.generate("second", params(), "second", queue_timeout=0.01):
@@ -125,7 +125,7 @@ def test_request_that_waits_too_long_times_out() -> None:
         assert raised.value.kind == "timeout"
         await running.aclose()
 
-    run(test, max_num_seqs=1)
+    run(test, max_num_seqs=1, max_model_len=1_000_000)
 
 
 def test_drain_finishes_the_accepted_and_refuses_the_new() -> None:
