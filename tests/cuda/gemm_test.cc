@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gemm_table.h"
+#include "gemm_tile.h"
 #include "product.h"
 #include "skinny.h"
 
@@ -171,6 +172,7 @@ TEST_F(GemmTest, tuned_products_match_too_and_are_remembered) {
 }
 
 TEST_F(GemmTest, fused_gated_products_match_where_they_are_offered) {
+  const bool tiles = cuda::TileGemm::make(properties.major * 10 + properties.minor) != nullptr;
   const std::vector<std::int64_t> ms = {1, 8, 16};
   for (const auto act : {Activation::Silu, Activation::GeluTanh}) {
     Product problem(random, 100, 272, 584, {.gated = act});
@@ -181,6 +183,7 @@ TEST_F(GemmTest, fused_gated_products_match_where_they_are_offered) {
       auto fused = [&](const GemmCall& c) { done = gemm.run_gated(c, static_cast<int>(act), stream); };
       problem.result(0, m, fused);
       if (done) problem.check(m, "run_gated", fused);
+      if (m > cuda::kSkinnyRows) EXPECT_EQ(done, tiles) << m << " rows";
     }
   }
 }

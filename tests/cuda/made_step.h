@@ -1,4 +1,4 @@
-// MadeStep-up steps for tests of what a backend is told.
+// Made-up steps for tests of what a backend is told.
 #pragma once
 
 #include <utility>
