@@ -183,7 +183,9 @@ TEST_F(GemmTest, fused_gated_products_match_where_they_are_offered) {
       auto fused = [&](const GemmCall& c) { done = gemm.run_gated(c, static_cast<int>(act), stream); };
       problem.result(0, m, fused);
       if (done) problem.check(m, "run_gated", fused);
-      if (m > cuda::kSkinnyRows) EXPECT_EQ(done, tiles) << m << " rows";
+      if (m > cuda::kSkinnyRows) {
+        EXPECT_EQ(done, tiles) << m << " rows";
+      }
     }
   }
 }
