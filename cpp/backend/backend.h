@@ -35,16 +35,17 @@ enum class MemoryKind : std::uint8_t {
   Host,    // readable by the host; pinned where that means something
 };
 
-// How a weight is kept in groups of 32 adjacent columns, each with fp16 numbers of its own: w = scale (u - zero), or
+// How a weight is kept in groups of adjacent columns, each with fp16 numbers of its own: w = scale (u - zero), or
 // w = scale u + offset, with unsigned codes u.
 struct GroupFormat {
   int bits = 0;          // of a code: 4 or 8; 0: not in groups
   bool offsets = false;  // one for each group; zero is 0 then
   int zero = 0;
+  int size = 32;  // columns of a group: 32, 64 or 128
 
   bool operator==(const GroupFormat&) const = default;
 };
-inline constexpr std::int64_t kGroup = 32;  // columns
+inline constexpr std::int64_t kGroup = 32;  // columns of the smallest group
 
 // A matrix on its way into the backend's own layout. read() yields fp32 rows, already transformed, sliced to this rank
 // and dequantised; it may be called from several threads at once for disjoint ranges.
@@ -57,8 +58,11 @@ struct HostMatrix {
   GroupFormat groups = {};
   // The same rows as the source's own codes in this format; empty: the backend chooses codes for what read() gives.
   std::function<void(std::int64_t row_begin, std::int64_t row_end, std::uint8_t* codes /* [rows, cols] */,
-                     float* scales /* [rows, ceil(cols / 32)] */, float* offsets /* the same, or null without */)>
+                     float* scales /* [rows, ceil(cols / size)] */, float* offsets /* the same, or null without */)>
       read_groups = {};
+  // Column j of read_groups() is column order[j] of the product (checkpoints that sorted columns before they were
+  // grouped); null: as they are. read() is never reordered.
+  std::shared_ptr<const std::vector<std::int32_t>> order = {};
 };
 
 // A weight in the layout its backend computes on. Quantisation hides in here.
