@@ -1,4 +1,4 @@
-"""The `fastllm` command: serve, chat, generate, export."""
+"""The `fastllm` command: serve, chat, generate, export, quantize."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _EXAMPLES = """examples:
   fastllm generate ./my-model --prompt "Once upon a time" --max-tokens 64
   echo "Why is the sky blue?" | fastllm chat ./my-model
   fastllm export ./my-model ./bundle --dtype bfloat16
+  fastllm quantize ./my-model ./my-model-gptq --method gptq --bits 4
 """
 
 # Sampling flags of chat and generate: name, type, metavar, help.
@@ -76,6 +77,8 @@ def _guarded(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     from fastllm.arg_parser import FlexibleArgumentParser
+    from fastllm.quantize.command import add_flags as add_quantize_flags
+    from fastllm.quantize.command import run as quantize_command
 
     parser = FlexibleArgumentParser(
         prog="fastllm",
@@ -106,6 +109,12 @@ def _make_parser() -> argparse.ArgumentParser:
         "--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="of the weights"
     )
     export.set_defaults(run=_export)
+
+    quantize = commands.add_parser(
+        "quantize", help="write a GPTQ or AWQ checkpoint of a 16-bit one", epilog=_EXAMPLES, **_format()
+    )
+    add_quantize_flags(quantize)
+    quantize.set_defaults(run=quantize_command)
     return parser
 
 
