@@ -71,16 +71,16 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, A
 def transformers_model(folder: Path) -> Any:
     """The checkpoint with its weights made dense, fp32, in Transformers."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     config, layers, others = read_checkpoint(folder)
     quantization = config["quantization_config"]
-    plain = AutoConfig.from_pretrained(folder)
+    plain = transformers.AutoConfig.from_pretrained(folder)
     del plain.quantization_config
-    model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32).eval()
     state = {name: tensor.float() for name, tensor in others.items()}
     state |= {f"{name}.weight": torch.from_numpy(dequantized(t, quantization)) for name, t in layers.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    model.tie_weights()
-    return model
+    model, report = getattr(transformers, config["architectures"][0]).from_pretrained(
+        None, config=plain, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    return model.eval()

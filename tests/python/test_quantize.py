@@ -1,4 +1,4 @@
-"""Written checkpoints hold what the formats say, and their models are nearer to the original than rounding makes them."""
+"""Written checkpoints hold what the formats say, and their models lose less than rounding to nearest does."""
 
 from __future__ import annotations
 
