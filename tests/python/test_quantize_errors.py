@@ -14,6 +14,7 @@ import pytest
 
 from fastllm.errors import InvalidArgument, LoadError
 from fastllm.quantize import QuantizeConfig, quantize
+from tiny_models import VOCAB, save_tiny_model
 
 torch = pytest.importorskip("torch", reason="quantising takes it")
 pytest.importorskip("transformers", reason="quantising takes it")
@@ -93,6 +94,13 @@ def test_gpt2_and_files_that_are_no_folder_are_refused(tiny_model: Callable[[str
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(LoadError, match="is a GGUF file"):
         quantize(str(tmp_path / "model.gguf"), tmp_path / "out", QuantizeConfig(**SMALL))
+
+
+def test_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    save_tiny_model(("MixtralConfig", sizes | {"num_local_experts": 2}), tmp_path / "model")
+    with pytest.raises(LoadError, match="mixture of experts"):
+        quantize(str(tmp_path / "model"), tmp_path / "out", QuantizeConfig(**SMALL))
 
 
 def test_weights_that_are_not_finite_are_named(model: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from fastllm.quantize import QuantizeConfig, quantize
 from quantized_reader import transformers_model
+from tiny_models import VOCAB, save_tiny_model
 
 torch = pytest.importorskip("torch", reason="quantising takes it")
 pytest.importorskip("transformers", reason="quantising takes it")
@@ -37,6 +38,15 @@ FOLDS = {
         "attention.query_key_value": "input_layernorm",
         "mlp.dense_h_to_4h": "post_attention_layernorm",
     },
+}
+
+_SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Families that the engine does not run: other forms of layers, which other engines do.
+MORE_FAMILIES = {
+    "phi3": ("Phi3Config", _SIZES | {"intermediate_size": 96, "pad_token_id": 0}),  # q, k, v and gate, up in one
+    "bloom": ("BloomConfig", _SIZES),  # layers return tuples
+    "opt": ("OPTConfig", _SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "olmo2": ("Olmo2Config", _SIZES | {"intermediate_size": 96}),  # norms after, none before
 }
 
 
@@ -70,19 +80,22 @@ def test_folds_are_found_and_exact(family: str, tiny_model: Callable[[str], Path
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-@pytest.mark.parametrize("family", ["gemma3", "qwen3", "phi", "gpt-neox"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "phi", "gpt-neox", *MORE_FAMILIES])
 def test_other_families_are_written_as_they_compute(
     method: str, family: str, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    if family in MORE_FAMILIES:
+        save_tiny_model(MORE_FAMILIES[family], tmp_path / "model")
+    source = tmp_path / "model" if family in MORE_FAMILIES else tiny_model(family)
     config = QuantizeConfig(
         method=method, group_size=32, num_samples=6, sample_length=32, calibration="Some words to calibrate with. " * 30
     )
-    report = quantize(str(tiny_model(family)), tmp_path / "out", config)
+    report = quantize(str(source), tmp_path / "out", config)
     model = transformers_model(tmp_path / "out")
     ids = torch.tensor([list(b"Words that are not the ones above, but much like them")])
     from transformers import AutoModelForCausalLM
 
-    original = AutoModelForCausalLM.from_pretrained(tiny_model(family), dtype=torch.float32).eval()
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with torch.no_grad():
         after, before = (m(ids, labels=ids).loss for m in (model, original))
     assert float(after) == pytest.approx(float(before), rel=0.1)

@@ -6,8 +6,8 @@ which masks and positions every layer is called; from then on the layers are cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from fastllm.errors import LoadError
+
+_Record = tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]  # hidden states and everything else
 
 
 @dataclass
@@ -43,6 +45,7 @@ class DecoderModel:
             if id(parameter) not in inside:
                 parameter.data = parameter.data.float()
         self.calls: list[Call] = []  # of every layer, after embed()
+        self._give_tuples = False  # the layers, as those of older families do
 
     @property
     def head_dim(self) -> int:
@@ -69,8 +72,10 @@ class DecoderModel:
         """What the first layer is fed for every window, [1, tokens, hidden size]; fills in `calls`."""
         fed = []
         for ids in windows:
-            with _recorded(self.layers) as records:
-                self._model.base_model(torch.tensor([list(ids)]), use_cache=False)
+            tokens = torch.tensor([list(ids)])
+            if not self.calls:
+                self._see_output(tokens)
+            records = self._record(self._model.base_model, tokens)[0]
             calls = [Call(args, kwargs) for _, args, kwargs in records]
             if self.calls and not all(map(Call.same_as, calls, self.calls)):
                 raise LoadError(f"the decoder layers of {type(self._model).__name__} are fed more than hidden states.")
@@ -81,9 +86,43 @@ class DecoderModel:
     def log_likelihoods(self, ids: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """Of every token but the first, from what the last layer gave for the window."""
         tokens = torch.tensor([list(ids)])
-        with _recorded(self.layers, last=hidden):
-            logits = self._model(tokens, use_cache=False).logits
+        logits = self._record(self._model, tokens, last=hidden)[1].logits
         return torch.log_softmax(logits[0, :-1].float(), -1).gather(1, tokens[0, 1:, None])[:, 0]
+
+    def _see_output(self, tokens: torch.Tensor) -> None:
+        """Runs the first layer to know the form of what it returns."""
+
+        class Stopped(Exception):
+            pass
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            del layer.forward
+            self._give_tuples = isinstance(layer(*args, **kwargs), tuple)
+            raise Stopped
+
+        layer = self.open(0)
+        layer.forward = run
+        with suppress(Stopped):
+            self._model.base_model(tokens, use_cache=False)
+
+    def _record(self, model: Any, tokens: torch.Tensor, last: torch.Tensor | None = None) -> tuple[list[_Record], Any]:
+        """Runs `model` with layers that hand on their input, the last one `last` if given; what each was called with,
+        and what the model returned."""
+        records: list[_Record] = []
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            records.append((hidden, args[1:], kwargs))
+            given = last if last is not None and len(records) == len(self.layers) else hidden
+            return (given,) if self._give_tuples else given
+
+        for layer in self.layers:
+            layer.forward = record
+        try:
+            return records, model(tokens, use_cache=False)
+        finally:
+            for layer in self.layers:
+                del layer.forward
 
     def open(self, index: int) -> Any:
         layer = self.layers[index].float()
@@ -201,27 +240,6 @@ def _find_layers(model: Any) -> tuple[str, Any]:
     if not lists:
         raise LoadError(f"{type(model).__name__} has no list of {count} decoder layers.")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-@contextmanager
-def _recorded(
-    layers: Any, last: torch.Tensor | None = None
-) -> Iterator[list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]]]:
-    """Layers that note what they are called with and hand on their input; the last one hands on `last`, if given."""
-    records: list[tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
-
-    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        records.append((hidden, args[1:], kwargs))
-        return last if last is not None and len(records) == len(layers) else hidden
-
-    for layer in layers:
-        layer.forward = record
-    try:
-        yield records
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def _first(output: Any) -> torch.Tensor:
