@@ -40,6 +40,7 @@ class DecoderModel:
     def __init__(self, folder: Path) -> None:
         self._model = _load(folder)
         self.prefix, self.layers = _find_layers(self._model)
+        self.stored: torch.dtype = next(self.layers.parameters()).dtype  # of the checkpoint
         inside = {id(p) for p in self.layers.parameters()}
         for parameter in self._model.parameters():
             if id(parameter) not in inside:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,23 +86,26 @@ def _quantize_layers(
     held_out = decoder.embed(texts.held_out)  # through the layers as they will be written
     original = list(held_out)  # and as they were
     begun = time.monotonic()
+
+    def show_next() -> None:
+        done = progress.done + 1
+        left = (time.monotonic() - begun) / done * (progress.total - done)
+        note = f"layer {index + 1} of {len(decoder.calls)}, about {_duration(left)} left"
+        progress.update(done, note=note if done < progress.total else "")
+
     for index, call in enumerate(decoder.calls):
-        stored = next(decoder.layers[index].parameters()).dtype
         layer = decoder.open(index)
         original = [call.run(layer, hidden) for hidden in original]
-        step = _LayerStep(layer, call, windows, config, result.measured)
-        step.run(decoder.head_dim, stored)
+        step = _LayerStep(layer, call, windows, config, result.measured, show_next)
+        step.run(decoder.head_dim, decoder.stored)
         for name, weight in step.quantized.items():
             result.packed[decoder.full_name(index, name)] = pack(weight, config)
-        for name, value in step.changed(stored).items():
+        for name, value in step.changed(decoder.stored).items():
             result.changed[decoder.full_name(index, name)] = value
         for states in (windows, held_out):
             for i, hidden in enumerate(states):  # in place: one layer's activations are held
                 states[i] = call.run(layer, hidden)
         decoder.close(index)
-        done = index + 1
-        left = (time.monotonic() - begun) / done * (len(decoder.calls) - done)
-        progress.update(done, note=f"about {_duration(left)} left" if left else "")
     result.measured.perplexity_before = _perplexity(decoder, texts.held_out, original)
     result.measured.perplexity_after = _perplexity(decoder, texts.held_out, held_out)
     return result
@@ -112,13 +115,20 @@ class _LayerStep:
     """One decoder layer; its linear layers hold the weights that were written once they are in `quantized`."""
 
     def __init__(
-        self, layer: Any, call: Call, windows: Sequence[torch.Tensor], config: QuantizeConfig, measured: Measured
+        self,
+        layer: Any,
+        call: Call,
+        windows: Sequence[torch.Tensor],
+        config: QuantizeConfig,
+        measured: Measured,
+        after_each: Callable[[], None],  # linear layer
     ) -> None:
         self._layer = layer
         self._call = call
         self._windows = windows
         self._config = config
         self._measured = measured
+        self._after_each = after_each
         self._grid = grid_of(config)
         self._touched: set[str] = set()  # norms and linear layers that took a scale
         self.quantized: dict[str, QuantizedWeight] = {}
@@ -198,6 +208,7 @@ class _LayerStep:
         self._measured.note(name, _relative_error(self._weight([name]), dequantized, inputs.gram), rounding_error)
         self._layer.get_submodule(name).weight.copy_(dequantized.T)
         self.quantized[name] = weight
+        self._after_each()
 
 
 def _relative_error(weight: torch.Tensor, other: torch.Tensor, gram: torch.Tensor) -> float:

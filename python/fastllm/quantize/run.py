@@ -76,7 +76,7 @@ def quantize(
         weights = [f"{name}.weight" for name in check_shapes(decoder, config)]
         _check_names(weights, tensors, source)
         check_disk(folder, _size_estimate(weights, tensors, config))
-        progress = Progress("Quantizing", len(decoder.layers), "layers")
+        progress = Progress("Quantizing", len(weights), "matrices")
         result = quantize_layers(decoder, texts, config, progress)
         progress.close()
         size = write_checkpoint(folder, source, tensors, result.packed, result.changed, config.as_json())
