@@ -61,8 +61,8 @@ def decoder_of(folder: Path) -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("family", list(FOLDS))
 def test_folds_are_found_and_exact(family: str, tiny_model: Callable[[str], Path], seed: int) -> None:
-    from fastllm.quantize.decoder import input_groups
     from fastllm.quantize.folds import find_folds
+    from fastllm.quantize.inputs import input_groups
 
     with torch.no_grad():
         decoder, layer, hidden = decoder_of(tiny_model(family))

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from fastllm.quantize.decoder import InputStatistics
 from fastllm.quantize.folds import Fold
 from fastllm.quantize.grid import Grid, round_to_nearest
+from fastllm.quantize.inputs import InputStatistics
 
 _RATIOS = 20
 _SHRINKS = tuple(1 - i / 20 for i in range(10))  # of a group's greatest magnitude

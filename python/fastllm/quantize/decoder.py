@@ -6,7 +6,7 @@ which masks and positions every layer is called; from then on the layers are cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,79 +134,6 @@ class DecoderModel:
     def close(self, index: int) -> None:
         """Gives the memory of a layer's weights back."""
         self.layers[index].to("meta")
-
-
-def input_groups(layer: Any, call: Call, hidden: torch.Tensor) -> list[list[str]]:
-    """Names of the linear layers in the order in which they run, those with the same input together."""
-    inputs: list[tuple[str, torch.Tensor]] = []  # keeps them alive, so that no two have the same address by chance
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda _, args: inputs.append((name, args[0]))
-
-    hooks = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in layer.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
-    try:
-        call.run(layer, hidden)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    groups: dict[tuple[int, int], list[str]] = {}
-    for name, tensor in inputs:
-        groups.setdefault((tensor.data_ptr(), tensor.shape[-1]), []).append(name)
-    return list(groups.values())
-
-
-class _Enough(Exception):
-    """Leaves a layer as soon as the input that is wanted was seen."""
-
-
-@dataclass
-class InputStatistics:
-    """Of what a group of linear layers is fed, over all tokens."""
-
-    gram: torch.Tensor  # [in, in] mean of x x^T
-    magnitude: torch.Tensor  # [in] mean of |x|
-
-
-def input_statistics(
-    layer: Any, call: Call, windows: Sequence[torch.Tensor], names: Sequence[str]
-) -> list[InputStatistics]:
-    """For every linear layer named, in one pass over the windows that ends where the last of them begins.
-
-    names: in the order in which they run.
-    """
-    modules = [layer.get_submodule(name) for name in names]
-    sizes = [module.in_features for module in modules]
-    statistics = [InputStatistics(torch.zeros(n, n), torch.zeros(n)) for n in sizes]
-
-    def gather(index: int) -> Callable[..., None]:
-        def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            rows = args[0].reshape(-1, sizes[index])
-            statistics[index].gram.addmm_(rows.T, rows)
-            statistics[index].magnitude.add_(rows.abs().sum(0))
-            if index == len(names) - 1:
-                raise _Enough
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(gather(i)) for i, module in enumerate(modules)]
-    try:
-        for hidden in windows:
-            try:
-                call.run(layer, hidden)
-            except _Enough:
-                continue
-    finally:
-        for hook in hooks:
-            hook.remove()
-    tokens = sum(hidden.shape[1] for hidden in windows)
-    for one in statistics:
-        one.gram.div_(tokens)
-        one.magnitude.div_(tokens)
-    return statistics
 
 
 def _load(folder: Path) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastllm.quantize.decoder import Call
+from fastllm.quantize.inputs import attached
 
 _TOLERANCE = 1e-3  # of the output's norm; a wrong fold is off by tens of percent
 
@@ -100,11 +101,8 @@ def _execution_order(layer: Any, call: Call, hidden: torch.Tensor) -> list[str]:
         for name, module in layer.named_modules()
         if isinstance(getattr(module, "weight", None), torch.Tensor)
     ]
-    try:
+    with attached(hooks):
         call.run(layer, hidden)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return order
 
 
@@ -129,9 +127,6 @@ def _outputs(layer: Any, call: Call, hidden: torch.Tensor, fold: Fold) -> list[t
         layer.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output.clone()))
         for name in fold.consumers
     ]
-    try:
+    with attached(hooks):
         seen.append(call.run(layer, hidden) - hidden)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen

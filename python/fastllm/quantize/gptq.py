@@ -1,8 +1,8 @@
 """GPTQ: columns are rounded one after another, and what each lost is made good by those still to come.
 
-With H = X X^T over the calibration inputs and U the upper Cholesky factor of its inverse (U^T U = H^-1), rounding
-input i of a weight w to q costs e = (w_i - q) / U_ii, and w_j -= e * U_ij for j > i keeps the output nearest to what it
-was. Updates of inputs behind the block at hand are gathered and applied as one product.
+With H = X X^T over the calibration inputs (see inputs.py) and U the upper Cholesky factor of its inverse
+(U^T U = H^-1), rounding input i of a weight w to q costs e = (w_i - q) / U_ii, and w_j -= e * U_ij for j > i keeps the
+output nearest to what it was. Updates of inputs behind the block at hand are gathered and applied as one product.
 
                  block             to come
       |.........|#####|..............................|   inputs, in the order in which they are taken

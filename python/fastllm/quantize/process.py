@@ -15,16 +15,17 @@ from fastllm.progress import Progress
 from fastllm.quantize.awq import best_bounds, best_scale, squared_error
 from fastllm.quantize.calibration import Calibration
 from fastllm.quantize.config import GROUP_SIZES, QuantizeConfig
-from fastllm.quantize.decoder import Call, DecoderModel, InputStatistics, input_groups, input_statistics
+from fastllm.quantize.decoder import Call, DecoderModel
 from fastllm.quantize.folds import find_folds
 from fastllm.quantize.gptq import gptq
 from fastllm.quantize.grid import QuantizedWeight, grid_of, round_to_nearest
+from fastllm.quantize.inputs import InputStatistics, input_groups, input_statistics
 from fastllm.quantize.packing import pack
 
 
 @dataclass
 class Measured:
-    """Errors are norms of the output's error over norms of the output, means over the layers."""
+    """Errors are norms of an output's error over norms of the output, one number a layer; all tokens count the same."""
 
     error: dict[str, list[float]] = field(default_factory=dict)  # by kind of linear layer, as "q_proj"
     rounding_error: dict[str, list[float]] = field(default_factory=dict)  # what rounding to nearest would have had
