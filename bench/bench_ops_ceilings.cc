@@ -9,6 +9,7 @@
 
 #include "backend/cpu/isa.h"
 #include "backend/cpu/memory.h"
+#include "base/cpu_placement.h"
 #include "base/thread_pool.h"
 #include "bench_ceilings.h"
 

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "backend/kv_cache.h"
+#include "base/cpu_placement.h"
 #include "base/ids.h"
 #include "fastllm/model_spec.h"
 #include "tensor/tensor.h"
@@ -268,6 +269,8 @@ class Backend {
 
 // threads >= 1. isa: "" picks the best the machine has; "base", "avx2", "avx512", "amx" force one (tests).
 std::unique_ptr<Backend> make_cpu_backend(int threads, const std::string& isa = "");
+// The same, called on the thread that runs the ops: it is the first of those placed.
+std::unique_ptr<Backend> make_cpu_backend(const ThreadPlacement& placement, const std::string& isa = "");
 
 struct CudaOptions {
   int device = 0;

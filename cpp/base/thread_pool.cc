@@ -5,12 +5,14 @@
 // then sleep.
 #include "base/thread_pool.h"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cassert>
 #include <chrono>
-#include <fstream>
+#include <cstring>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -45,6 +47,21 @@ void wait_while(std::atomic<std::uint32_t>& value, std::uint32_t old) {
   }
   value.wait(old, std::memory_order_acquire);
 }
+
+#if defined(__linux__)
+void bind_thread(pthread_t thread, int cpu) {
+  const auto most = static_cast<std::size_t>(std::max(cpu + 1, CPU_SETSIZE));
+  const std::size_t bytes = CPU_ALLOC_SIZE(most);
+  const std::unique_ptr<cpu_set_t, decltype([](cpu_set_t* set) { CPU_FREE(set); })> set(CPU_ALLOC(most));
+  if (!set) throw ResourceError("out of memory for a set of CPUs");
+  CPU_ZERO_S(bytes, set.get());
+  CPU_SET_S(static_cast<std::size_t>(cpu), bytes, set.get());
+  const int error = pthread_setaffinity_np(thread, bytes, set.get());
+  if (error != 0) throw ResourceError("cannot bind a thread to CPU " + std::to_string(cpu) + ": " + strerror(error));
+}
+#else
+void bind_thread(pthread_t, int) {}
+#endif
 
 }  // namespace
 
@@ -92,6 +109,11 @@ struct ThreadPool::Impl {
     return number;
   }
 
+  void bind(const std::vector<int>& cpus) {
+    for (std::size_t i = 0; i < workers.size(); ++i) bind_thread(workers[i].native_handle(), cpus[i + 1]);
+    bind_thread(pthread_self(), cpus[0]);
+  }
+
   void stop() {
     stopping.store(true, std::memory_order_release);
     epoch.fetch_add(1, std::memory_order_release);
@@ -100,13 +122,19 @@ struct ThreadPool::Impl {
   }
 };
 
-ThreadPool::ThreadPool(int threads) : impl_(std::make_unique<Impl>(std::max(threads, 1))) {
+ThreadPool::ThreadPool(int threads, const std::vector<int>& cpus)
+    : impl_(std::make_unique<Impl>(std::max(threads, 1))) {
+  assert(cpus.empty() || cpus.size() == static_cast<std::size_t>(threads));
   impl_->workers.reserve(impl_->parts.size());
   try {
     for (int i = 1; i < threads; ++i) impl_->workers.emplace_back([impl = impl_.get(), i] { impl->work(i); });
+    if (!cpus.empty()) impl_->bind(cpus);
   } catch (const std::system_error& e) {
     impl_->stop();
     throw ResourceError("cannot start " + std::to_string(threads) + " threads: " + e.what());
+  } catch (...) {
+    impl_->stop();
+    throw;
   }
 }
 
@@ -125,25 +153,6 @@ void ThreadPool::run_raw(void (*fn)(void*, int), void* ctx) {
   for (std::uint32_t left; (left = impl_->pending.load(std::memory_order_acquire)) != 0;) {
     wait_while(impl_->pending, left);
   }
-}
-
-int usable_cores() {
-  int cores = static_cast<int>(std::thread::hardware_concurrency());
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) cores = CPU_COUNT(&set);
-  double quota = 0, period = 0;
-  if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2) {
-    std::string text;
-    if (v2 >> text >> period && text != "max") quota = std::stod(text);
-  } else if (std::ifstream q("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
-             q && p) {
-    q >> quota;
-    p >> period;
-  }
-  if (quota > 0 && period > 0) cores = std::min(cores, static_cast<int>(quota / period + 0.5));
-#endif
-  return std::max(cores, 1);
 }
 
 }  // namespace fastllm

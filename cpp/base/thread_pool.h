@@ -5,12 +5,15 @@
 #include <cstdint>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 namespace fastllm {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);  // >= 1
+  // threads: >= 1. cpus: of each thread, the only one it runs on; empty: wherever the system likes. Thread 0 is the
+  // one that constructs the pool, and stays bound. Throws ResourceError.
+  explicit ThreadPool(int threads, const std::vector<int>& cpus = {});
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -30,8 +33,5 @@ class ThreadPool {
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
-
-// Cores this process may use: affinity and cgroup quota, at least 1.
-int usable_cores();
 
 }  // namespace fastllm

@@ -1,6 +1,6 @@
 // The native module fastllm._core; its Python signatures are in python/fastllm/_core.pyi.
 #include "backend/backend.h"
-#include "base/thread_pool.h"
+#include "base/cpu_placement.h"
 #include "bindings/convert.h"
 #include "fastllm/version.h"
 #include "model/bundle_writer.h"

@@ -61,6 +61,7 @@ void bind_types(py::module_& m) {
       .def_readwrite("async_depth", &EngineConfig::async_depth)
       .def_readwrite("tensor_parallel_size", &EngineConfig::tensor_parallel_size)
       .def_readwrite("cpu_threads", &EngineConfig::cpu_threads)
+      .def_readwrite("cpu_bind", &EngineConfig::cpu_bind)
       .def_readwrite("max_logprobs", &EngineConfig::max_logprobs)
       .def_readwrite("max_waiting", &EngineConfig::max_waiting)
       .def_readwrite("seed", &EngineConfig::seed)

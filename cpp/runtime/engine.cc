@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "backend/backend.h"
-#include "base/thread_pool.h"
+#include "base/cpu_placement.h"
 #include "fastllm/error.h"
 #include "model/bundle.h"
 #include "model/decoder_weights.h"
@@ -90,7 +90,10 @@ EngineConfig resolve(EngineConfig config, int model_len) {
                           ", but the model's positions were made for " + std::to_string(model_len) + " tokens.");
   }
   require_at_least("max_model_len", config.max_model_len, 2);
-  if (config.cpu_threads == 0) config.cpu_threads = usable_cores();
+  const auto ranks = place_threads(config.cpu_bind, config.cpu_threads, config.tensor_parallel_size,
+                                   read_cpu_topology(allowed_cpus()));
+  config.cpu_threads = 0;
+  for (const ThreadPlacement& rank : ranks) config.cpu_threads += rank.threads;
   return config;
 }
 

@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/cpu_placement.h"
 #include "dist/communicator.h"
 #include "dist/event_count.h"
 #include "fastllm/error.h"
@@ -308,10 +309,9 @@ std::unique_ptr<Executor> make_local_executor(const EngineConfig& config, ModelS
     });
   }
   if (config.device != "cpu") throw InvalidArgument("device is '" + config.device + "'; use cpu, cuda or cuda:N");
-  return make_local_executor(config, std::move(source), std::move(progress), [&config, size](int rank) {
-    const int extra = rank < config.cpu_threads % size ? 1 : 0;
-    return make_cpu_backend(std::max(config.cpu_threads / size + extra, 1));
-  });
+  const auto places = place_threads(config.cpu_bind, config.cpu_threads, size, read_cpu_topology(allowed_cpus()));
+  return make_local_executor(config, std::move(source), std::move(progress),
+                             [&places](int rank) { return make_cpu_backend(places[static_cast<std::size_t>(rank)]); });
 }
 
 }  // namespace fastllm

@@ -37,6 +37,7 @@ class EngineConfig:
     async_depth: int
     tensor_parallel_size: int
     cpu_threads: int
+    cpu_bind: str
     max_logprobs: int
     max_waiting: int
     seed: int

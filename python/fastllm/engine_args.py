@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,15 @@ class EngineArgs:
     device: str = _arg("auto", "device", "cpu, cuda or cuda:N; auto: a GPU if one can be used, else the CPU")
     tensor_parallel_size: int = _arg(1, "device", "ranks that share every layer", type=int, short="-tp")
     pipeline_parallel_size: int = _arg(1, "device", "accepted; only 1 is supported", type=int, short="-pp")
-    cpu_threads: int = _arg(0, "device", "threads over all ranks; 0: the usable cores", type=int)
+    cpu_threads: int = _arg(
+        0, "device", "threads over all ranks; 0: the usable physical cores, or those of --cpu-bind", type=int
+    )
+    cpu_bind: str | None = _arg(
+        None,
+        "device",
+        "auto: threads are bound to cores where there are several memory nodes; cores: always; none: never; or a list "
+        "such as 0-7,16 with a thread bound to each, | between ranks; default: VLLM_CPU_OMP_THREADS_BIND, else auto",
+    )
     gpu_memory_utilization: float = _arg(
         0.92, "device", "share of a GPU's memory for weights, activations and KV cache; unused on CPUs", type=float
     )
@@ -203,6 +212,7 @@ class EngineArgs:
         config.async_depth = 2 if self.async_scheduling else 1
         config.tensor_parallel_size = self.tensor_parallel_size
         config.cpu_threads = self.cpu_threads
+        config.cpu_bind = self.cpu_bind or os.environ.get("VLLM_CPU_OMP_THREADS_BIND") or "auto"
         config.max_chunk = self.long_prefill_token_threshold
         config.max_logprobs = vocab_size if self.max_logprobs == -1 else self.max_logprobs
         config.seed = self.seed % 2**64

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from fastllm import EngineArgs
+from fastllm import LLM, EngineArgs
 from fastllm.arg_parser import FlexibleArgumentParser, parse_size
 
 
@@ -36,6 +36,7 @@ def test_defaults_of_command_line_and_class_agree() -> None:
         (["--kv-cache-dtype", "fp8"], "kv_cache_dtype", "fp8"),
         (["--quantization", "int4"], "quantization", "int4"),
         (["--enforce-eager"], "enforce_eager", True),
+        (["--cpu-bind", "0-3|4-7"], "cpu_bind", "0-3|4-7"),
         (["--deterministic"], "deterministic", True),
         (["--swap-space", "8"], "swap_space", 8.0),
         (["--served-model-name", "a", "b"], "served_model_name", ["a", "b"]),
@@ -63,6 +64,19 @@ def test_flag_is_understood(arguments: list[str], field: str, value: object) -> 
 def test_wrong_value_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineArgs(**fields)  # type: ignore[arg-type]
+
+
+def test_binding_follows_the_flag_then_the_variable_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    assert EngineArgs().to_core(64, 10).cpu_bind == "auto"
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    assert EngineArgs().to_core(64, 10).cpu_bind == "nobind"
+    assert EngineArgs(cpu_bind="cores").to_core(64, 10).cpu_bind == "cores"
+
+
+def test_binding_that_makes_no_sense_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="cpu_bind is '0-', but must be auto, none, cores, or lists of CPUs"):
+        LLM("null", cpu_bind="0-")
 
 
 @pytest.mark.parametrize("text", ["", "k", "4q", "1.5", "1.0001k", "--"])

@@ -9,14 +9,20 @@
 
 namespace fastllm {
 
-std::unique_ptr<Backend> make_cpu_backend(int threads, const std::string& isa) {
+std::unique_ptr<Backend> make_cpu_backend(const ThreadPlacement& placement, const std::string& isa) {
+  const int threads = placement.threads;
   if (threads < 1) throw InvalidArgument("threads is " + std::to_string(threads) + "; it must be at least 1");
-  return std::make_unique<cpu::CpuBackend>(threads, isa);
+  return std::make_unique<cpu::CpuBackend>(placement, isa);
+}
+
+std::unique_ptr<Backend> make_cpu_backend(int threads, const std::string& isa) {
+  return make_cpu_backend(ThreadPlacement{threads, {}}, isa);
 }
 
 namespace cpu {
 
-CpuBackend::CpuBackend(int threads, const std::string& isa) : kernels_(select_kernels(isa)), pool_(threads) {}
+CpuBackend::CpuBackend(const ThreadPlacement& placement, const std::string& isa)
+    : kernels_(select_kernels(isa)), pool_(placement.threads, placement.cpus) {}
 
 DeviceInfo CpuBackend::info() const {
   const MemoryInfo memory = memory_info();

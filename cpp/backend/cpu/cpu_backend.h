@@ -13,6 +13,7 @@
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/memory.h"
 #include "backend/cpu/step.h"
+#include "base/share.h"
 #include "base/slot_tables.h"
 #include "base/thread_pool.h"
 
@@ -38,7 +39,7 @@ inline constexpr std::int32_t kInPrompt = 1 << 30;
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(int threads, const std::string& isa);
+  CpuBackend(const ThreadPlacement& placement, const std::string& isa);
 
   DeviceInfo info() const override;
   std::unique_ptr<Buffer> allocate(std::size_t bytes, MemoryKind kind) override;
@@ -95,7 +96,7 @@ class CpuBackend final : public Backend {
       return;
     }
     pool_.run([&](int i) {
-      const std::int64_t begin = n * i / t, end = n * (i + 1) / t;
+      const auto [begin, end] = share_of(n, i, t);
       if (begin < end) f(begin, end, i);
     });
   }

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/interleave.h"
 #include "backend/cpu/quant_weight.h"
 #include "backend/cpu/weight.h"
 
@@ -49,17 +50,27 @@ std::unique_ptr<PackedWeight> CpuBackend::pack(const HostMatrix& weight, DType c
   auto* base = static_cast<std::byte*>(scratch.get(stride * static_cast<std::size_t>(pool_.size())));
   std::exception_ptr failure;
   std::mutex failed;
-  share(packed->panels(), [&](std::int64_t p, int thread) {
+  const auto pack_panel = [&](std::int64_t p, float* rows) {
+    const std::int64_t begin = p * kPanel, end = std::min(begin + kPanel, weight.rows);
+    if (is_bf16(compute) && weight.read_bf16) {
+      auto* bits = reinterpret_cast<std::uint16_t*>(rows);
+      weight.read_bf16(begin, end, bits);
+      interleave_rows(bits, end - begin, k, reinterpret_cast<std::uint16_t*>(packed->panel(p)));
+      return;
+    }
+    weight.read(begin, end, rows);
+    if (is_bf16(compute)) {
+      auto* tmp = reinterpret_cast<std::uint16_t*>(reinterpret_cast<std::byte*>(rows) + rows_bytes);
+      kernels_.pack_bf16(rows, end - begin, k, reinterpret_cast<std::uint16_t*>(packed->panel(p)), tmp);
+    } else {
+      kernels_.pack_f32(rows, end - begin, k, reinterpret_cast<float*>(packed->panel(p)));
+    }
+  };
+  pool_.run([&](int thread) {
     try {
       auto* rows = reinterpret_cast<float*>(base + stride * static_cast<std::size_t>(thread));
-      const std::int64_t begin = p * kPanel, end = std::min(begin + kPanel, weight.rows);
-      weight.read(begin, end, rows);
-      if (is_bf16(compute)) {
-        auto* tmp = reinterpret_cast<std::uint16_t*>(reinterpret_cast<std::byte*>(rows) + rows_bytes);
-        kernels_.pack_bf16(rows, end - begin, k, reinterpret_cast<std::uint16_t*>(packed->panel(p)), tmp);
-      } else {
-        kernels_.pack_f32(rows, end - begin, k, reinterpret_cast<float*>(packed->panel(p)));
-      }
+      const Share mine = share_of(packed->panels(), thread, pool_.size());  // as multiply() reads them
+      for (std::int64_t p = mine.begin; p < mine.end; ++p) pack_panel(p, rows);
     } catch (...) {
       const std::lock_guard lock(failed);
       if (!failure) failure = std::current_exception();
@@ -99,7 +110,7 @@ void CpuBackend::multiply(std::int64_t m, std::int64_t panels, std::int64_t bloc
     // Bound by reading the weights: each thread streams one contiguous share and prepares the few rows for itself.
     auto* scratch = block_bytes > 0 ? thread_scratch(static_cast<std::size_t>(block_bytes)) : nullptr;
     pool_.run([&](int i) {
-      const std::int64_t p0 = panels * i / threads, p1 = panels * (i + 1) / threads;
+      const auto [p0, p1] = share_of(panels, i, threads);
       if (p0 == p1) return;
       std::byte* a = nullptr;
       if (block_bytes > 0) {

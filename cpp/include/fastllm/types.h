@@ -130,7 +130,10 @@ struct EngineConfig {
   bool prefix_caching = true;
   int async_depth = 2;  // steps in flight; 1 is synchronous
   int tensor_parallel_size = 1;
-  int cpu_threads = 0;            // over all ranks; 0: the cores this process may use
+  int cpu_threads = 0;  // over all ranks; 0: the physical cores this process may use, or those of cpu_bind
+  // "auto": bound to cores where that brings memory nearer; "cores": always; "none": never; or the CPUs themselves,
+  // a thread on each: "0-7,16", with | between the lists of ranks.
+  std::string cpu_bind = "auto";
   int max_logprobs = 20;          // most alternatives a request may ask for
   int max_waiting = 0;            // requests waiting; more are refused with Error; 0: no limit
   std::uint64_t seed = 0;         // for requests without one

@@ -56,10 +56,5 @@ TEST(ThreadPool, pools_start_and_stop_without_a_job) {
   for (int i = 0; i < 50; ++i) ThreadPool pool(4);
 }
 
-TEST(ThreadPool, usable_cores_is_positive_and_not_above_the_machine) {
-  EXPECT_GE(usable_cores(), 1);
-  EXPECT_LE(usable_cores(), static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
-}
-
 }  // namespace
 }  // namespace fastllm
