@@ -57,7 +57,10 @@ fl_status guarded(char* error, std::size_t size, F&& body) {
 fastllm::EngineConfig config_of(const fl_engine_config* c) {
   fastllm::EngineConfig out;
   if (c == nullptr) return out;
+  if (c->device != nullptr) out.device = c->device;
   if (c->dtype != nullptr) out.dtype = c->dtype;
+  if (c->quantization != nullptr) out.quantization = c->quantization;
+  if (c->kv_cache_dtype != nullptr) out.kv_cache_dtype = c->kv_cache_dtype;
   out.max_model_len = c->max_model_len;
   if (c->max_num_seqs != 0) out.max_num_seqs = c->max_num_seqs;
   if (c->max_step_tokens != 0) out.max_step_tokens = c->max_step_tokens;
@@ -67,8 +70,12 @@ fastllm::EngineConfig config_of(const fl_engine_config* c) {
   if (c->swap_bytes > 0) out.preemption = fastllm::PreemptionMode::Swap;
   if (c->tensor_parallel_size != 0) out.tensor_parallel_size = c->tensor_parallel_size;
   out.cpu_threads = c->cpu_threads;
+  if (c->cpu_bind != nullptr) out.cpu_bind = c->cpu_bind;
   if (c->async_depth != 0) out.async_depth = c->async_depth;
   out.prefix_caching = c->disable_prefix_caching == 0;
+  if (c->gpu_memory_utilization != 0) out.gpu_memory_utilization = c->gpu_memory_utilization;
+  out.enforce_eager = c->enforce_eager != 0;
+  out.deterministic = c->deterministic != 0;
   out.seed = c->seed;
   return out;
 }

@@ -32,9 +32,12 @@ typedef enum fl_finish { FL_RUNNING = 0, FL_STOP = 1, FL_LENGTH = 2, FL_ABORTED 
 typedef struct fl_engine fl_engine;
 typedef struct fl_batch fl_batch; /* results of one fl_poll */
 
-/* Zero means: the engine's choice. Initialise with fl_engine_config_init. */
+/* Zero and NULL mean: the engine's choice. Initialise with fl_engine_config_init. Strings are copied. */
 typedef struct fl_engine_config {
+  const char* device;           /* "cpu" (default), "cuda", "cuda:N", or "auto" */
   const char* dtype;            /* "bfloat16" (default) or "float32" */
+  const char* quantization;     /* "auto" (default): as the checkpoint; "none", "int8", "int4" */
+  const char* kv_cache_dtype;   /* "auto" (default): as the activations; "fp8" */
   int32_t max_model_len;        /* tokens */
   int32_t max_num_seqs;         /* sequences */
   int32_t max_step_tokens;      /* tokens */
@@ -43,8 +46,12 @@ typedef struct fl_engine_config {
   int64_t swap_bytes;           /* bytes */
   int32_t tensor_parallel_size; /* ranks */
   int32_t cpu_threads;          /* over all ranks */
+  const char* cpu_bind;         /* "auto" (default), "cores", "none", or CPUs such as "0-7,16" */
   int32_t async_depth;          /* steps in flight */
   int32_t disable_prefix_caching;
+  double gpu_memory_utilization; /* share of a GPU's memory, at most 1 */
+  int32_t enforce_eager;         /* no GPU graphs */
+  int32_t deterministic;         /* batch-invariant GPU kernels */
   uint64_t seed;
 } fl_engine_config;
 
