@@ -30,6 +30,7 @@ struct Options {
   std::string model = "tiny";  // a shape's name or a bundle's folder
   bool bundle = false;
   std::string only, json;
+  int input_len = 32, output_len = 8;  // tokens, of "single"
   EngineConfig config;
 };
 
@@ -68,6 +69,7 @@ class Bench {
     std::printf("%s on %s: loaded in %.1f s, %lld KV tokens, %d sequences, %d tokens a step\n", options_.model.c_str(),
                 result_["device"].get<std::string>().c_str(), load_s_,
                 static_cast<long long>(c.num_blocks * c.block_size), c.max_num_seqs, c.max_step_tokens);
+    if (options_.only == "single") return single();
     go(prompts(8, 128), std::vector<int>(8, 16));
     go(prompts(64, 128), std::vector<int>(64, 16));
     part("latency", [&] { latency(); });
@@ -180,6 +182,9 @@ class Bench {
     }
   }
 
+  // One request and nothing before it, for tools that count what a program does.
+  void single() { record("single", go(prompts(1, options_.input_len), {options_.output_len})); }
+
   void throughput(const std::string& name, int count, int length, int output) {
     if (!fits(length + output)) return;
     record(name, go(prompts(count, length), std::vector<int>(static_cast<std::size_t>(count), output)));
@@ -242,15 +247,16 @@ class Bench {
 
 constexpr const char* kUsage =
     R"(usage: fastllm_bench_engine (--shape NAME | --bundle DIR) [options]
-  --shape                     llama3-8b, llama3.2-1b, smollm2-135m or tiny: random weights
-  --only A,B                  of latency, batch, throughput, mixed, prefill, prefix; default: all
+  --shape                     llama3-8b, llama3.2-1b, smollm2-135m, small or tiny: random weights
+  --only A,B                  of latency, batch, throughput, mixed, prefill, prefix; default: all. Or single: one
+                              request without a warm-up, --input-len 32 --output-len 8
   --json FILE                 results, written after every part
   --device cpu                auto, cpu, cuda or cuda:N
-  --dtype bfloat16            or float32
+  --dtype bfloat16            or float32              --quantization auto      none, int8 or int4
   --kv-cache-dtype auto       or fp8
   --max-model-len 4096        --max-num-seqs 256        --max-num-batched-tokens 8192
   --block-size 16             --num-blocks 0            --gpu-memory-utilization 0.92
-  --async-depth 2             --tensor-parallel-size 1  --cpu-threads 0
+  --async-depth 2             --tensor-parallel-size 1  --cpu-threads 0        --cpu-bind auto
   --prefix-caching 0          --enforce-eager 0         --deterministic 0        (0 or 1)
 )";
 
@@ -268,8 +274,11 @@ Options parse(int argc, char** argv) {
       {"--bundle", [&](const std::string& v) { o.model = v, o.bundle = true; }},
       {"--only", text(o.only)},
       {"--json", text(o.json)},
+      {"--input-len", whole(o.input_len)},
+      {"--output-len", whole(o.output_len)},
       {"--device", text(c.device)},
       {"--dtype", text(c.dtype)},
+      {"--quantization", text(c.quantization)},
       {"--kv-cache-dtype", text(c.kv_cache_dtype)},
       {"--max-model-len", whole(c.max_model_len)},
       {"--max-num-seqs", whole(c.max_num_seqs)},
@@ -280,6 +289,7 @@ Options parse(int argc, char** argv) {
       {"--async-depth", whole(c.async_depth)},
       {"--tensor-parallel-size", whole(c.tensor_parallel_size)},
       {"--cpu-threads", whole(c.cpu_threads)},
+      {"--cpu-bind", text(c.cpu_bind)},
       {"--prefix-caching", flag(c.prefix_caching)},
       {"--enforce-eager", flag(c.enforce_eager)},
       {"--deterministic", flag(c.deterministic)},

@@ -27,7 +27,8 @@ inline LlamaShape shape_named(const std::string& name) {
   if (name == "llama3.2-1b") return {2048, 8192, 16, 32, 8, 64, 128256, 131072, 500000, true};
   if (name == "smollm2-135m") return {576, 1536, 30, 9, 3, 64, 49152, 8192, 100000, true};
   if (name == "tiny") return {64, 192, 2, 4, 2, 16, 512, 8192, 10000, true};
-  throw InvalidArgument("shape '" + name + "' is unknown; use llama3-8b, llama3.2-1b, smollm2-135m or tiny");
+  if (name == "small") return {256, 704, 4, 8, 2, 32, 4096, 8192, 10000, false};
+  throw InvalidArgument("shape '" + name + "' is unknown; use llama3-8b, llama3.2-1b, smollm2-135m, small or tiny");
 }
 
 inline ModelSpec llama_spec(const LlamaShape& s) {
