@@ -58,6 +58,8 @@ void quant(benchmark::State& state, const Format& f, std::int64_t m, std::int64_
   const Pages prepared(static_cast<std::size_t>(block_bytes * row_blocks));
   // Rows whose activations stay in the second-level cache.
   const std::int64_t group = std::max<std::int64_t>(1, (1 << 20) / block_bytes) * kRowBlock;
+  const std::int64_t sums_each = round_up(kernels.gemm_sums(std::min(m, group), panels, k), 32);
+  const Pages sums(static_cast<std::size_t>(sums_each * 4 * count));
   std::int64_t at = 0;
   for (auto _ : state) {
     const auto* w = static_cast<const std::byte*>(weights.data()) + at * bytes;
@@ -78,6 +80,7 @@ void quant(benchmark::State& state, const Format& f, std::int64_t m, std::int64_
         if (dense) {
           GemmArgs g{};
           g.a = prepared.data(), g.w = w, g.m = m, g.n = n, g.k = k, g.out = out.data(), g.ldo = n, g.out_bf16 = true;
+          g.sums = static_cast<float*>(sums.data()) + sums_each * i;
           kernels.gemm_bf16(g, m0, m1, p0, p1);
         } else {
           QuantArgs g{};

@@ -22,7 +22,9 @@ std::unique_ptr<Backend> make_cpu_backend(int threads, const std::string& isa) {
 namespace cpu {
 
 CpuBackend::CpuBackend(const ThreadPlacement& placement, const std::string& isa)
-    : kernels_(select_kernels(isa)), pool_(placement.threads, placement.cpus) {}
+    : kernels_(select_kernels(isa)),
+      pool_(placement.threads, placement.cpus),
+      ranges_(static_cast<std::size_t>(pool_.size())) {}
 
 DeviceInfo CpuBackend::info() const {
   const MemoryInfo memory = memory_info();

@@ -37,6 +37,9 @@ class Scratch {
 // Bit 30 of a slot's count of a token is set for ids in the prompt; the low 30 bits count occurrences in the output.
 inline constexpr std::int32_t kInPrompt = 1 << 30;
 
+template <class Sums>
+struct ProductCut;
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend(const ThreadPlacement& placement, const std::string& isa);
@@ -112,16 +115,35 @@ class CpuBackend final : public Backend {
       for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, thread);
     });
   }
+  // The same with neighbouring items on one thread: each has a range of its own, and helps the others after it.
+  template <class F>
+  void share_ranges(std::int64_t n, F&& f) {
+    const int t = pool_.size();
+    for (int i = 0; i < t; ++i) ranges_[static_cast<std::size_t>(i)].next.store(n * i / t, std::memory_order_relaxed);
+    pool_.run([&](int thread) {
+      for (int i = 0; i < t; ++i) {
+        const int owner = (thread + i) % t;
+        auto& next = ranges_[static_cast<std::size_t>(owner)].next;
+        for (std::int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < n * (owner + 1) / t;)
+          f(item, thread);
+      }
+    });
+  }
   // The shape of every matrix product; see linear.cc.
-  template <class Prepare, class Product>
-  void multiply(std::int64_t m, std::int64_t panels, std::int64_t block_bytes, std::int64_t row_bytes,
+  template <class Sums, class Prepare, class Product>
+  void multiply(std::int64_t m, std::int64_t panels, std::int64_t block_bytes, const ProductCut<Sums>& cut,
                 Prepare&& prepare, Product&& product);
   // `bytes` for every thread; valid until the next call.
   std::byte* thread_scratch(std::size_t bytes);
 
+  struct alignas(64) Range {
+    std::atomic<std::int64_t> next{0};
+  };
+
   Kernels kernels_;
   ThreadPool pool_;
-  Scratch shared_;  // prepared activations, partials
+  std::vector<Range> ranges_;  // of share_ranges(), by thread
+  Scratch shared_;             // prepared activations, partials
   Scratch per_thread_;
 
   int vocab_ = 0;

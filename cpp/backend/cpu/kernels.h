@@ -38,6 +38,7 @@ struct GemmArgs {
   void* out;
   int64_t ldo;  // elements
   bool out_bf16, accumulate;
+  float* sums;  // room for gemm_sums() floats of the calling thread; bf16 weights only
 };
 
 // Bytes of the block of one group of one panel, and of the codes at its start.
@@ -142,6 +143,7 @@ struct Kernels {
   // Rows [m0, m1) (m0: multiple of kRowBlock) times panels [p0, p1).
   void (*gemm_f32)(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
   void (*gemm_bf16)(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
+  int64_t (*gemm_sums)(int64_t rows, int64_t panels, int64_t k);  // of the rows and panels of one gemm_bf16()
 
   // The same three for grouped weights; x is bf16 or fp32.
   int64_t (*prepared_i8_bytes)(int64_t k);

@@ -37,7 +37,21 @@ class DenseWeight final : public CpuWeight {
   DType dtype_;
 };
 
+// The product on tiles keeps few enough of long rows in the cache by itself; more row blocks than these would only wait
+// longer for each other.
+constexpr std::int64_t kTileGroup = 12;
+// Row blocks of which a megabyte is in use.
+std::int64_t group_of(std::int64_t block_bytes) { return std::max<std::int64_t>(1, (1 << 20) / block_bytes); }
+std::int64_t no_sums(std::int64_t, std::int64_t) { return 0; }
+
 }  // namespace
+
+// What is taken together: row blocks and panels at most, and the room its sums need.
+template <class Sums>
+struct ProductCut {
+  std::int64_t group, chunk;
+  Sums sums;  // (rows, panels) -> floats
+};
 
 std::unique_ptr<PackedWeight> CpuBackend::pack(const HostMatrix& weight, DType compute) {
   assert(compute == DType::F32 || compute == DType::BF16);
@@ -100,24 +114,23 @@ void CpuBackend::embed(const Tensor& out, const Step& step, const PackedWeight& 
 
 // prepare(block, area): one block of activation rows as the product takes them, into an area of all blocks;
 // block_bytes: of one of them, 0 when the product takes the rows as they are.
-// product(area, m0, m1, p0, p1): rows [m0, m1) times panels [p0, p1).
-template <class Prepare, class Product>
-void CpuBackend::multiply(std::int64_t m, std::int64_t panels, std::int64_t block_bytes, std::int64_t row_bytes,
+// product(area, m0, m1, p0, p1, sums): rows [m0, m1) times panels [p0, p1); sums: room for cut.sums() floats.
+template <class Sums, class Prepare, class Product>
+void CpuBackend::multiply(std::int64_t m, std::int64_t panels, std::int64_t block_bytes, const ProductCut<Sums>& cut,
                           Prepare&& prepare, Product&& product) {
   const std::int64_t row_blocks = (m + kRowBlock - 1) / kRowBlock;
   const int threads = pool_.size();
+  const auto lines = [](std::int64_t bytes) { return static_cast<std::size_t>(round_up(bytes, 128)); };
   if (row_blocks == 1) {
     // Bound by reading the weights: each thread streams one contiguous share and prepares the few rows for itself.
-    auto* scratch = block_bytes > 0 ? thread_scratch(static_cast<std::size_t>(block_bytes)) : nullptr;
+    const std::size_t rows_bytes = lines(block_bytes), each = rows_bytes + lines(cut.sums(m, panels) * 4);
+    auto* scratch = thread_scratch(each);
     pool_.run([&](int i) {
       const auto [p0, p1] = share_of(panels, i, threads);
       if (p0 == p1) return;
-      std::byte* a = nullptr;
-      if (block_bytes > 0) {
-        a = scratch + (static_cast<std::size_t>(block_bytes) + 127) / 128 * 128 * static_cast<std::size_t>(i);
-        prepare(0, a);
-      }
-      product(a, 0, m, p0, p1);
+      std::byte* a = scratch + each * static_cast<std::size_t>(i);
+      if (block_bytes > 0) prepare(0, a);
+      product(a, 0, m, p0, p1, reinterpret_cast<float*>(a + rows_bytes));
     });
     return;
   }
@@ -128,16 +141,18 @@ void CpuBackend::multiply(std::int64_t m, std::int64_t panels, std::int64_t bloc
       for (std::int64_t b = begin; b < end; ++b) prepare(b, a);
     });
   }
-  // Rows are taken in groups whose activations stay in the second-level cache while panels stream past.
-  constexpr std::int64_t kGroupBytes = 1 << 20;
-  const std::int64_t per_block = block_bytes > 0 ? block_bytes : kRowBlock * row_bytes;
-  const std::int64_t groups = std::max<std::int64_t>(1, (row_blocks * per_block + kGroupBytes - 1) / kGroupBytes);
+  // Groups of rows that stay in the second-level cache while panels stream past. A thread goes through neighbouring
+  // panels, so what it fetches ahead is its own; threads of different groups meet the same panels at about one time.
+  const std::int64_t groups = (row_blocks + cut.group - 1) / cut.group;
   const std::int64_t group = (row_blocks + groups - 1) / groups;  // blocks
-  const std::int64_t chunk = std::clamp<std::int64_t>(panels / (threads * 8), 1, 8);
+  const std::int64_t chunk = std::clamp<std::int64_t>(panels * groups / (threads * 8), 1, cut.chunk);
   const std::int64_t chunks = (panels + chunk - 1) / chunk;
-  share(chunks * ((row_blocks + group - 1) / group), [&](std::int64_t item, int) {
+  const std::size_t sums_bytes = lines(cut.sums(group * kRowBlock, chunk) * 4);
+  auto* sums = thread_scratch(sums_bytes);
+  share_ranges(chunks * groups, [&](std::int64_t item, int thread) {
     const std::int64_t b = item / chunks * group, p = item % chunks * chunk;
-    product(a, b * kRowBlock, std::min(m, (b + group) * kRowBlock), p, std::min(panels, p + chunk));
+    product(a, b * kRowBlock, std::min(m, (b + group) * kRowBlock), p, std::min(panels, p + chunk),
+            reinterpret_cast<float*>(sums + sums_bytes * static_cast<std::size_t>(thread)));
   });
 }
 
@@ -164,12 +179,13 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& 
                       .ldo = out.stride[0],
                       .out_bf16 = is_bf16(out.dtype),
                       .accumulate = accumulate};
+    const std::int64_t block_bytes = kernels_.prepared_i8_bytes(k);
     multiply(
-        m, w.panels(), kernels_.prepared_i8_bytes(k), 0,
+        m, w.panels(), block_bytes, ProductCut{group_of(block_bytes), 8, no_sums},
         [&](std::int64_t block, void* area) {
           kernels_.prepare_i8(x.data, is_bf16(x.dtype), x.stride[0], block * kRowBlock, rows_of(block), k, area);
         },
-        [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1) {
+        [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float*) {
           QuantArgs mine = g;
           mine.a = area;
           kernels_.gemm_quant(mine, m0, m1, p0, p1);
@@ -179,7 +195,6 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& 
 
   const bool narrow = is_bf16(x.dtype);
   assert(x.dtype == static_cast<const DenseWeight&>(w).dtype());
-  const auto gemm = narrow ? kernels_.gemm_bf16 : kernels_.gemm_f32;
   const GemmArgs g{.a = x.data,
                    .lda = x.stride[0],
                    .w = w.panel(0),
@@ -190,17 +205,29 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& 
                    .out = out.data,
                    .ldo = out.stride[0],
                    .out_bf16 = is_bf16(out.dtype),
-                   .accumulate = accumulate};
+                   .accumulate = accumulate,
+                   .sums = nullptr};
+  if (!narrow) {
+    multiply(
+        m, w.panels(), 0, ProductCut{group_of(k * 4 * kRowBlock), 8, no_sums}, [](std::int64_t, void*) {},
+        [&](const void*, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float*) {
+          kernels_.gemm_f32(g, m0, m1, p0, p1);
+        });
+    return;
+  }
+  const std::int64_t block_bytes = kernels_.prepared_bytes(k);
+  const auto sums = [&](std::int64_t rows, std::int64_t panels) { return kernels_.gemm_sums(rows, panels, k); };
   multiply(
-      m, w.panels(), narrow ? kernels_.prepared_bytes(k) : 0, k * 4,
+      m, w.panels(), block_bytes, ProductCut{kernels_.amx ? kTileGroup : group_of(block_bytes), 16, sums},
       [&](std::int64_t block, void* area) {
         kernels_.prepare_bf16(static_cast<const std::uint16_t*>(x.data), x.stride[0], block * kRowBlock, rows_of(block),
                               k, area);
       },
-      [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1) {
+      [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float* room) {
         GemmArgs mine = g;
-        if (narrow) mine.a = area;
-        gemm(mine, m0, m1, p0, p1);
+        mine.a = area;
+        mine.sums = room;
+        kernels_.gemm_bf16(mine, m0, m1, p0, p1);
       });
 }
 

@@ -59,6 +59,23 @@ TEST_P(Linear, matches_fp64_for_all_shapes) {
   }
 }
 
+// More columns and rows than the caches hold at once are multiplied in parts.
+TEST_P(Linear, long_rows_in_a_large_batch_equal_the_rows_alone) {
+  const std::int64_t n = 70, k = 2100;
+  const Array w = Array(DType::BF16, n, k).fill(random);
+  const auto packed = backend->pack(host_matrix(w), DType::BF16);
+  for (const std::int64_t m : {40, 399, 500}) {
+    const Array x = Array(DType::BF16, m, k).fill(random);
+    Array batch(DType::F32, m, n), alone(DType::F32, 1, n);
+    backend->linear(batch.tensor(), x.tensor(), *packed, nullptr, false);
+    for (int i = 0; i < 20; ++i) {
+      const std::int64_t r = i == 0 ? m - 1 : random.below(static_cast<int>(m));
+      backend->linear(alone.tensor(), x.tensor().slice(r, 1), *packed, nullptr, false);
+      ASSERT_TRUE(alone.same_row(0, batch, r)) << "batch " << m << " row " << r;
+    }
+  }
+}
+
 TEST_P(Linear, a_row_alone_equals_the_row_in_any_batch) {
   for (const DType compute : {DType::F32, DType::BF16}) {
     const std::int64_t n = 70, k = 200, most = 70;

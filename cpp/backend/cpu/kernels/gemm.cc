@@ -61,6 +61,8 @@ void prepare_bf16(const uint16_t* x, int64_t ldx, int64_t begin, int64_t end, in
   }
 }
 
+int64_t gemm_sums(int64_t, int64_t, int64_t) { return 0; }
+
 void gemm_bf16(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   const int64_t kp = round_up(g.k, 32);
   const auto* a = static_cast<const float*>(g.a);
@@ -92,6 +94,7 @@ void FASTLLM_ISA::fill_gemm(Kernels& t) {
   t.amx = false;
   t.prepared_bytes = prepared_bytes;
   t.prepare_bf16 = prepare_bf16;
+  t.gemm_sums = gemm_sums;
   t.gemm_bf16 = gemm_bf16;
 #endif
 }

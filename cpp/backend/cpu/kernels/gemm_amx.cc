@@ -3,10 +3,16 @@
 //   for m, n: s = 0; for k: s += x[m][k] * w[n][k]
 //   y[m][n] = (accumulate ? y[m][n] : 0) + s + (bias ? bias[n] : 0)
 //
-// Two A tiles (32 rows) by two B tiles (32 columns) make four sums in tiles 0-3; each k block of 32 loads 4 KB for 64
-// cycles of work. Up to 32 rows the tiles are configured to the rows there are, so one row costs one row. A tile adds
-// its products in a fixed order per element, so a row's result does not depend on its neighbours. Cost: 2 N K bytes
-// while M is small, 2 M N K operations when it is large. Benchmark: fastllm_bench_ops --benchmark_filter=Linear
+// Two A tiles (32 rows) by two B tiles (32 columns) make four sums in tiles 0-3: 64 cycles of work for 4 KB of loads,
+// more than the second-level cache gives in that time. So a panel of weights is taken in slabs that stay in the first
+// level while the row blocks pass; rows come from the second level without a stay in the first, sums wait in memory
+// between slabs, and the next slab is fetched evenly over the work on this one, since a core reads memory ten times
+// slower than a burst would ask for. Rows too long for the second level are cut once more, in stretches of slabs.
+//
+// Up to 32 rows weights are used once: no slabs, and the tiles have the rows there are, so one row costs one row. An
+// element's products are added in ascending k however the work is cut, so a row's result does not depend on its
+// neighbours. Cost: 2 N K bytes while M is small, 2 M N K operations when it is large.
+// Benchmark: fastllm_bench_ops --benchmark_filter=Linear
 #include "backend/cpu/kernels/gemm.h"
 #include "backend/cpu/kernels/tiles.h"
 
@@ -15,7 +21,10 @@
 namespace fastllm::cpu {
 namespace {
 
-constexpr int64_t kAhead = 8 << 10;  // bytes of weights fetched ahead of use, per panel stream
+constexpr int64_t kSlab = 20;             // k blocks of 32 of a slab at most: 40 of the 48 KB of the first level
+constexpr int64_t kStretch = 1280 << 10;  // bytes of rows kept in the second level at most
+constexpr int64_t kAhead = 8 << 10;       // bytes of weights fetched ahead of use when they are used once
+constexpr int64_t kBlockSums = kRowBlock * kPanel;
 
 // Tiles 0, 1: rows 0-15 of the two column tiles; 2, 3: rows 16-31. 4, 5: A. 6, 7: B.
 void configure_rows(int64_t rows) {
@@ -50,27 +59,34 @@ void prepare_bf16(const uint16_t* x, int64_t ldx, int64_t begin, int64_t end, in
   }
 }
 
-// c: [32, 32] fp32
-template <bool kHigh>
-inline void block(const uint16_t* a, const uint16_t* w, int64_t k_blocks, bool prefetch, float* c) {
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  if constexpr (kHigh) {
-    TILE_ZERO(2);
-    TILE_ZERO(3);
+// Adds k_blocks blocks of k to c, [32, 32] fp32, or starts it. kFetch: lines fetched from `ahead` on per k block.
+template <bool kHigh, int kFetch>
+inline void add_slab(const uint16_t* a, const uint16_t* w, int64_t k_blocks, bool start, const char* ahead, float* c) {
+  if (start) {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+  } else {
+    TILE_LOAD(0, c, 128);
+    TILE_LOAD(1, c + 16, 128);
   }
-  for (int64_t b = 0; b < k_blocks; ++b, a += 2 * kTile, w += 2 * kTile) {
-    if (prefetch) {
-      const char* ahead = reinterpret_cast<const char*>(w) + kAhead;
-      for (int64_t i = 0; i < 2048; i += 64) __builtin_prefetch(ahead + i, 0, 3);
+  if constexpr (kHigh) {
+    if (start) {
+      TILE_ZERO(2);
+      TILE_ZERO(3);
+    } else {
+      TILE_LOAD(2, c + 16 * kPanel, 128);
+      TILE_LOAD(3, c + 16 * kPanel + 16, 128);
     }
-    TILE_LOAD(4, a, 64);
+  }
+  for (int64_t b = 0; b < k_blocks; ++b, a += 2 * kTile, w += 2 * kTile, ahead += kFetch * 64) {
+    for (int i = 0; i < kFetch; ++i) __builtin_prefetch(ahead + i * 64, 0, kFetch == 32 ? 3 : 2);
+    TILE_LOAD_ONCE(4, a, 64);
     TILE_LOAD(6, w, 64);
     TILE_LOAD(7, w + kTile, 64);
     TILE_DOT(0, 4, 6);
     TILE_DOT(1, 4, 7);
     if constexpr (kHigh) {
-      TILE_LOAD(5, a + kTile, 64);
+      TILE_LOAD_ONCE(5, a + kTile, 64);
       TILE_DOT(2, 5, 6);
       TILE_DOT(3, 5, 7);
     }
@@ -104,26 +120,84 @@ void finish_block(const GemmArgs& g, int64_t m, int64_t rows, int64_t n, const f
   }
 }
 
+// How a product is cut along k.
+struct Cut {
+  int64_t k_blocks, slab, stretch;  // blocks of 32 k
+};
+Cut cut_of(int64_t row_blocks, int64_t k) {
+  const int64_t k_blocks = (k + 31) / 32;
+  if (row_blocks == 1) return {k_blocks, k_blocks, k_blocks};
+  const int64_t slabs = (k_blocks + kSlab - 1) / kSlab, slab = (k_blocks + slabs - 1) / slabs;
+  const int64_t fit = kStretch / (row_blocks * slab * 4 * kTile), most = fit > 1 ? fit : 1;  // slabs of a stretch
+  const int64_t stretches = (slabs + most - 1) / most;
+  return {k_blocks, slab, (slabs + stretches - 1) / stretches * slab};
+}
+
+int64_t gemm_sums(int64_t rows, int64_t panels, int64_t k) {
+  const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const Cut cut = cut_of(row_blocks, k);
+  return kBlockSums * row_blocks * (cut.stretch < cut.k_blocks ? panels : 1);
+}
+
+// One slab of a panel against row blocks [m0, m1); `next`: the slab that follows.
+struct Slab {
+  const uint16_t *a, *w, *next;  // a: of row block m0
+  int64_t a_step;                // elements between row blocks
+  int64_t k_blocks;
+  bool start;
+};
+void multiply_slab(const Slab& s, int64_t rows, float* c) {
+  const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const int64_t fetch = row_blocks >= 8 ? 4 : row_blocks >= 4 ? 8 : row_blocks > 1 ? 16 : 32;  // lines a k block
+  const char* ahead = reinterpret_cast<const char*>(s.next);
+  for (int64_t r = 0; r < row_blocks; ++r, c += kBlockSums) {
+    const uint16_t* a = s.a + r * s.a_step;
+    const int64_t here = rows - r * kRowBlock;
+    if (here < kRowBlock) configure_rows(here);
+    if (here <= 16) {
+      row_blocks == 1 ? add_slab<false, 32>(a, s.w, s.k_blocks, s.start, ahead, c)
+                      : add_slab<false, 0>(a, s.w, s.k_blocks, s.start, ahead, c);
+    } else if (r * fetch >= 32) {
+      add_slab<true, 0>(a, s.w, s.k_blocks, s.start, ahead, c);
+    } else if (fetch == 4) {
+      add_slab<true, 4>(a, s.w, s.k_blocks, s.start, ahead, c);
+    } else if (fetch == 8) {
+      add_slab<true, 8>(a, s.w, s.k_blocks, s.start, ahead, c);
+    } else if (fetch == 16) {
+      add_slab<true, 16>(a, s.w, s.k_blocks, s.start, ahead, c);
+    } else {
+      add_slab<true, 32>(a, s.w, s.k_blocks, s.start, ahead, c);
+    }
+    ahead += fetch * 64 * s.k_blocks;
+    if (here < kRowBlock && row_blocks > 1) configure_rows(kRowBlock);
+  }
+}
+
 void gemm_bf16(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  const int64_t k_blocks = (g.k + 31) / 32;
-  const int64_t panel = kPanel * k_blocks * 32;  // elements, of weights as of prepared rows
-  alignas(64) float c[kRowBlock * kPanel];
-  int64_t configured = 0;
-  for (int64_t p = p0; p < p1; ++p) {
-    const uint16_t* w = static_cast<const uint16_t*>(g.w) + p * panel;
-    for (int64_t m = m0; m < m1; m += kRowBlock) {
-      const int64_t rows = m1 - m < kRowBlock ? m1 - m : kRowBlock;
-      if (rows != configured) {
-        configure_rows(rows);
-        configured = rows;
+  const int64_t row_blocks = (m1 - m0 + kRowBlock - 1) / kRowBlock;
+  const Cut cut = cut_of(row_blocks, g.k);
+  const int64_t panel = kPanel * cut.k_blocks * 32;  // elements, of weights as of prepared rows
+  const auto* a = static_cast<const uint16_t*>(g.a) + m0 / kRowBlock * panel;
+  const auto* w = static_cast<const uint16_t*>(g.w);
+  const bool stretched = cut.stretch < cut.k_blocks;
+  configure_rows(m1 - m0 < kRowBlock ? m1 - m0 : kRowBlock);
+  for (int64_t from = 0; from < cut.k_blocks; from += cut.stretch) {
+    const int64_t to = from + cut.stretch < cut.k_blocks ? from + cut.stretch : cut.k_blocks;
+    for (int64_t p = p0; p < p1; ++p) {
+      float* c = g.sums + (stretched ? (p - p0) * row_blocks * kBlockSums : 0);
+      for (int64_t k = from; k < to; k += cut.slab) {
+        const uint16_t* here = w + p * panel + k * 2 * kTile;
+        const int64_t length = k + cut.slab < to ? cut.slab : to - k;
+        // After the last slab of a stretch comes the first of the next panel.
+        const uint16_t* next = row_blocks == 1   ? here + kAhead / 2
+                               : k + length < to ? here + length * 2 * kTile
+                                                 : w + (p + 1) * panel + from * 2 * kTile;
+        multiply_slab({a + k * 2 * kTile, here, next, panel, length, k == 0}, m1 - m0, c);
       }
-      const uint16_t* a = static_cast<const uint16_t*>(g.a) + (m / kRowBlock) * panel;
-      if (rows > 16) {
-        block<true>(a, w, k_blocks, m == m0, c);
-      } else {
-        block<false>(a, w, k_blocks, m == m0, c);
+      if (to < cut.k_blocks) continue;
+      for (int64_t m = m0; m < m1; m += kRowBlock, c += kBlockSums) {
+        finish_block(g, m, m1 - m < kRowBlock ? m1 - m : kRowBlock, p * kPanel, c);
       }
-      finish_block(g, m, rows, p * kPanel, c);
     }
   }
   release();
@@ -135,6 +209,7 @@ void FASTLLM_ISA::fill_gemm_amx(Kernels& t) {
   t.amx = true;
   t.prepared_bytes = prepared_bytes;
   t.prepare_bf16 = prepare_bf16;
+  t.gemm_sums = gemm_sums;
   t.gemm_bf16 = gemm_bf16;
 }
 

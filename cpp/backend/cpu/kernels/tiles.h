@@ -22,6 +22,11 @@ inline void release() { __asm__ volatile("tilerelease" ::: "memory"); }
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"(static_cast<const void*>(p)), \
                    "r"(static_cast<int64_t>(stride))                                  \
                    : "memory")
+// Leaves the lines out of the first-level cache.
+#define TILE_LOAD_ONCE(t, p, stride)                                                    \
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #t::"r"(static_cast<const void*>(p)), \
+                   "r"(static_cast<int64_t>(stride))                                    \
+                   : "memory")
 #define TILE_STORE(t, p, stride)                                                                                       \
   __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(static_cast<void*>(p)), "r"(static_cast<int64_t>(stride)) \
                    : "memory")
