@@ -51,6 +51,8 @@ class CpuBackend final : public Backend {
 
   std::unique_ptr<PackedWeight> pack(const HostMatrix& weight, DType compute) override;
   void linear(const Tensor& out, const Tensor& x, const PackedWeight& w, const float* bias, bool accumulate) override;
+  void gated_linear(const Tensor& out, const Tensor& scratch, const Tensor& x, const PackedWeight& w, const float* bias,
+                    Activation act) override;
   void embed(const Tensor& out, const Step& step, const PackedWeight& table, std::int64_t id_begin,
              float scale) override;
 

@@ -37,12 +37,69 @@ class DenseWeight final : public CpuWeight {
   DType dtype_;
 };
 
-// The product on tiles keeps few enough of long rows in the cache by itself; more row blocks than these would only wait
-// longer for each other.
-constexpr std::int64_t kTileGroup = 12;
 // Row blocks of which a megabyte is in use.
 std::int64_t group_of(std::int64_t block_bytes) { return std::max<std::int64_t>(1, (1 << 20) / block_bytes); }
 std::int64_t no_sums(std::int64_t, std::int64_t) { return 0; }
+
+// Where a part of a product goes: its first element, elements between rows, and the bias of its first column or null.
+struct PartOut {
+  void* data;
+  std::int64_t stride;
+  DType dtype;
+  const float* bias;
+  bool accumulate;
+};
+
+// The product of the rows of x and a dense weight, in parts of rows and panels.
+class DenseProduct {
+ public:
+  DenseProduct(const Kernels& kernels, const Tensor& x, const DenseWeight& w)
+      : kernels_(kernels), x_(x), w_(w), narrow_(is_bf16(x.dtype)) {
+    assert(x.dtype == w.dtype() && x.cols() == w.cols());
+  }
+
+  // Bytes of a prepared block of rows; 0 when they are taken as they are.
+  std::int64_t block_bytes() const { return narrow_ ? kernels_.prepared_bytes(x_.cols()) : 0; }
+  void prepare(std::int64_t block, void* area) const {
+    kernels_.prepare_bf16(x_.ptr<std::uint16_t>(), x_.stride[0], block * kRowBlock,
+                          std::min(x_.rows(), (block + 1) * kRowBlock), x_.cols(), area);
+  }
+  // Row blocks to take together. Tiles keep few enough of long rows in the cache by themselves; more row blocks than
+  // these would only make threads wait for each other.
+  std::int64_t group() const {
+    constexpr std::int64_t kTileGroup = 12;
+    if (!narrow_) return group_of(kRowBlock * x_.cols() * 4);
+    return kernels_.amx ? kTileGroup : group_of(block_bytes());
+  }
+  // Floats that run() needs beside its output.
+  std::int64_t sums(std::int64_t rows, std::int64_t panels) const {
+    return narrow_ ? kernels_.gemm_sums(rows, panels, x_.cols()) : 0;
+  }
+  // Rows [m0, m1), m0 being a multiple of kRowBlock, times panels [p0, p1).
+  void run(const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, const PartOut& out,
+           float* sums) const {
+    const std::int64_t prepared = m0 / kRowBlock * block_bytes();
+    const GemmArgs g{.a = narrow_ ? static_cast<const std::byte*>(area) + prepared : x_.at(m0),
+                     .lda = x_.stride[0],
+                     .w = w_.panel(p0),
+                     .m = m1 - m0,
+                     .n = std::min(w_.rows(), p1 * kPanel) - p0 * kPanel,
+                     .k = x_.cols(),
+                     .bias = out.bias,
+                     .out = out.data,
+                     .ldo = out.stride,
+                     .out_bf16 = is_bf16(out.dtype),
+                     .accumulate = out.accumulate,
+                     .sums = sums};
+    (narrow_ ? kernels_.gemm_bf16 : kernels_.gemm_f32)(g, 0, m1 - m0, 0, p1 - p0);
+  }
+
+ private:
+  const Kernels& kernels_;
+  const Tensor& x_;
+  const DenseWeight& w_;
+  bool narrow_;
+};
 
 }  // namespace
 
@@ -193,41 +250,60 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& 
     return;
   }
 
-  const bool narrow = is_bf16(x.dtype);
-  assert(x.dtype == static_cast<const DenseWeight&>(w).dtype());
-  const GemmArgs g{.a = x.data,
-                   .lda = x.stride[0],
-                   .w = w.panel(0),
-                   .m = m,
-                   .n = w.rows(),
-                   .k = k,
-                   .bias = bias,
-                   .out = out.data,
-                   .ldo = out.stride[0],
-                   .out_bf16 = is_bf16(out.dtype),
-                   .accumulate = accumulate,
-                   .sums = nullptr};
-  if (!narrow) {
-    multiply(
-        m, w.panels(), 0, ProductCut{group_of(k * 4 * kRowBlock), 8, no_sums}, [](std::int64_t, void*) {},
-        [&](const void*, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float*) {
-          kernels_.gemm_f32(g, m0, m1, p0, p1);
-        });
+  const DenseProduct dense(kernels_, x, static_cast<const DenseWeight&>(w));
+  const auto sums = [&](std::int64_t rows, std::int64_t panels) { return dense.sums(rows, panels); };
+  multiply(
+      m, w.panels(), dense.block_bytes(), ProductCut{dense.group(), 16, sums},
+      [&](std::int64_t block, void* area) { dense.prepare(block, area); },
+      [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float* room) {
+        const std::int64_t n = p0 * kPanel;
+        dense.run(
+            area, m0, m1, p0, p1,
+            {out.columns(n, out.cols() - n).at(m0), out.stride[0], out.dtype, bias ? bias + n : nullptr, accumulate},
+            room);
+      });
+}
+
+void CpuBackend::gated_linear(const Tensor& out, const Tensor& scratch, const Tensor& x, const PackedWeight& weight,
+                              const float* bias, Activation act) {
+  const auto* w = dynamic_cast<const DenseWeight*>(&weight);
+  const std::int64_t m = x.rows(), inner = out.cols(), panels = inner / kPanel;
+  if (w == nullptr || inner % kPanel != 0) {
+    Backend::gated_linear(out, scratch, x, weight, bias, act);
     return;
   }
-  const std::int64_t block_bytes = kernels_.prepared_bytes(k);
-  const auto sums = [&](std::int64_t rows, std::int64_t panels) { return kernels_.gemm_sums(rows, panels, k); };
+  assert(w->rows() == 2 * inner && out.dtype == x.dtype && out.rows() == m);
+  if (m == 0) return;
+  // Gates and what they let through meet in the cache of the thread that makes both.
+  constexpr std::int64_t kChunk = 8;  // panels
+  const DenseProduct dense(kernels_, x, *w);
+  const auto element = static_cast<std::int64_t>(size_of(out.dtype));
+  const auto sums = [&](std::int64_t rows, std::int64_t p) {
+    return round_up(dense.sums(rows, std::min(p, kChunk)), 32);
+  };
+  const auto room_of = [&](std::int64_t rows, std::int64_t p) {
+    return sums(rows, p) + rows * 2 * std::min(p, kChunk) * kPanel;
+  };
   multiply(
-      m, w.panels(), block_bytes, ProductCut{kernels_.amx ? kTileGroup : group_of(block_bytes), 16, sums},
-      [&](std::int64_t block, void* area) {
-        kernels_.prepare_bf16(static_cast<const std::uint16_t*>(x.data), x.stride[0], block * kRowBlock, rows_of(block),
-                              k, area);
-      },
+      m, panels, dense.block_bytes(), ProductCut{dense.group(), kChunk, room_of},
+      [&](std::int64_t block, void* area) { dense.prepare(block, area); },
       [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float* room) {
-        GemmArgs mine = g;
-        mine.a = area;
-        mine.sums = room;
-        kernels_.gemm_bf16(mine, m0, m1, p0, p1);
+        auto* both = reinterpret_cast<std::byte*>(room + sums(m1 - m0, p1 - p0));
+        for (std::int64_t p = p0; p < p1; p += kChunk) {
+          const std::int64_t q = std::min(p1, p + kChunk), width = (q - p) * kPanel;
+          for (const std::int64_t half : {0, 1}) {
+            const std::int64_t first = half * panels;
+            dense.run(area, m0, m1, first + p, first + q,
+                      {both + half * width * element, 2 * width, out.dtype,
+                       bias ? bias + (first + p) * kPanel : nullptr, false},
+                      room);
+          }
+          const std::byte* gate = both;
+          for (std::int64_t r = m0; r < m1; ++r, gate += 2 * width * element) {
+            kernels_.gated_act(out.columns(p * kPanel, width).at(r), gate, gate + width * element, is_bf16(out.dtype),
+                               width, to_act(act));
+          }
+        }
       });
 }
 

@@ -59,6 +59,28 @@ TEST_P(Linear, matches_fp64_for_all_shapes) {
   }
 }
 
+TEST_P(Linear, gated_product_equals_the_product_and_the_activation) {
+  for (const DType compute : {DType::F32, DType::BF16}) {
+    for (const std::int64_t inner : {320, 40}) {  // whole panels or not
+      const std::int64_t k = 100;
+      const Array w = Array(compute, 2 * inner, k).fill(random);
+      const auto packed = backend->pack(host_matrix(w), compute);
+      std::vector<float> bias(static_cast<std::size_t>(2 * inner));
+      for (float& b : bias) b = random.normal();
+      for (const std::int64_t m : {1, 5, 33, 70}) {
+        const Array x = Array(compute, m, k).fill(random);
+        Array both(compute, m, 2 * inner), want(compute, m, inner), got(compute, m, inner);
+        const float* b = random.below(2) == 0 ? bias.data() : nullptr;
+        backend->linear(both.tensor(), x.tensor(), *packed, b, false);
+        backend->gated_act(want.tensor(), both.tensor(), Activation::Silu);
+        backend->gated_linear(got.tensor(), both.tensor(), x.tensor(), *packed, b, Activation::Silu);
+        for (std::int64_t r = 0; r < m; ++r)
+          ASSERT_TRUE(got.same_row(r, want, r)) << name_of(compute) << " inner " << inner << " rows " << m;
+      }
+    }
+  }
+}
+
 // More columns and rows than the caches hold at once are multiplied in parts.
 TEST_P(Linear, long_rows_in_a_large_batch_equal_the_rows_alone) {
   const std::int64_t n = 70, k = 2100;

@@ -24,6 +24,7 @@ namespace {
 constexpr int64_t kSlab = 20;             // k blocks of 32 of a slab at most: 40 of the 48 KB of the first level
 constexpr int64_t kStretch = 1280 << 10;  // bytes of rows kept in the second level at most
 constexpr int64_t kAhead = 8 << 10;       // bytes of weights fetched ahead of use when they are used once
+constexpr int kAlone = 32;                // lines of a k block: weights are used by one row block and fetched as fast
 constexpr int64_t kBlockSums = kRowBlock * kPanel;
 
 // Tiles 0, 1: rows 0-15 of the two column tiles; 2, 3: rows 16-31. 4, 5: A. 6, 7: B.
@@ -79,14 +80,22 @@ inline void add_slab(const uint16_t* a, const uint16_t* w, int64_t k_blocks, boo
     }
   }
   for (int64_t b = 0; b < k_blocks; ++b, a += 2 * kTile, w += 2 * kTile, ahead += kFetch * 64) {
-    for (int i = 0; i < kFetch; ++i) __builtin_prefetch(ahead + i * 64, 0, kFetch == 32 ? 3 : 2);
-    TILE_LOAD_ONCE(4, a, 64);
+    for (int i = 0; i < kFetch; ++i) __builtin_prefetch(ahead + i * 64, 0, kFetch == kAlone ? 3 : 2);
+    if constexpr (kFetch == kAlone) {
+      TILE_LOAD(4, a, 64);
+    } else {
+      TILE_LOAD_ONCE(4, a, 64);
+    }
     TILE_LOAD(6, w, 64);
     TILE_LOAD(7, w + kTile, 64);
     TILE_DOT(0, 4, 6);
     TILE_DOT(1, 4, 7);
     if constexpr (kHigh) {
-      TILE_LOAD_ONCE(5, a + kTile, 64);
+      if constexpr (kFetch == kAlone) {
+        TILE_LOAD(5, a + kTile, 64);
+      } else {
+        TILE_LOAD_ONCE(5, a + kTile, 64);
+      }
       TILE_DOT(2, 5, 6);
       TILE_DOT(3, 5, 7);
     }
@@ -139,37 +148,38 @@ int64_t gemm_sums(int64_t rows, int64_t panels, int64_t k) {
   return kBlockSums * row_blocks * (cut.stretch < cut.k_blocks ? panels : 1);
 }
 
-// One slab of a panel against row blocks [m0, m1); `next`: the slab that follows.
+// One slab of a panel against all row blocks; `next`: the slab that follows.
 struct Slab {
-  const uint16_t *a, *w, *next;  // a: of row block m0
+  const uint16_t *a, *w, *next;  // a: of the first row block
   int64_t a_step;                // elements between row blocks
   int64_t k_blocks;
   bool start;
 };
+// The tiles are configured for a whole block of rows, or the rows there are when they are fewer, and stay so.
 void multiply_slab(const Slab& s, int64_t rows, float* c) {
-  const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
-  const int64_t fetch = row_blocks >= 8 ? 4 : row_blocks >= 4 ? 8 : row_blocks > 1 ? 16 : 32;  // lines a k block
   const char* ahead = reinterpret_cast<const char*>(s.next);
-  for (int64_t r = 0; r < row_blocks; ++r, c += kBlockSums) {
-    const uint16_t* a = s.a + r * s.a_step;
-    const int64_t here = rows - r * kRowBlock;
-    if (here < kRowBlock) configure_rows(here);
-    if (here <= 16) {
-      row_blocks == 1 ? add_slab<false, 32>(a, s.w, s.k_blocks, s.start, ahead, c)
-                      : add_slab<false, 0>(a, s.w, s.k_blocks, s.start, ahead, c);
-    } else if (r * fetch >= 32) {
+  if (rows <= kRowBlock) {
+    rows > 16 ? add_slab<true, kAlone>(s.a, s.w, s.k_blocks, s.start, ahead, c)
+              : add_slab<false, kAlone>(s.a, s.w, s.k_blocks, s.start, ahead, c);
+    return;
+  }
+  const int64_t fetch = rows > 7 * kRowBlock ? 4 : rows > 3 * kRowBlock ? 8 : 16;  // lines a k block
+  const uint16_t* a = s.a;
+  for (int64_t left = rows, asked = 0; left > 0; left -= kRowBlock, asked += fetch, a += s.a_step, c += kBlockSums) {
+    if (left < kRowBlock) configure_rows(left);
+    if (left <= 16) {
+      add_slab<false, 0>(a, s.w, s.k_blocks, s.start, ahead, c);
+    } else if (asked >= kAlone) {
       add_slab<true, 0>(a, s.w, s.k_blocks, s.start, ahead, c);
     } else if (fetch == 4) {
       add_slab<true, 4>(a, s.w, s.k_blocks, s.start, ahead, c);
     } else if (fetch == 8) {
       add_slab<true, 8>(a, s.w, s.k_blocks, s.start, ahead, c);
-    } else if (fetch == 16) {
-      add_slab<true, 16>(a, s.w, s.k_blocks, s.start, ahead, c);
     } else {
-      add_slab<true, 32>(a, s.w, s.k_blocks, s.start, ahead, c);
+      add_slab<true, 16>(a, s.w, s.k_blocks, s.start, ahead, c);
     }
     ahead += fetch * 64 * s.k_blocks;
-    if (here < kRowBlock && row_blocks > 1) configure_rows(kRowBlock);
+    if (left < kRowBlock) configure_rows(kRowBlock);
   }
 }
 
