@@ -18,7 +18,7 @@ Enum from_name(const std::array<std::pair<std::string_view, Enum>, N>& table, co
   throw InvalidArgument(std::string(what) + " '" + name + "' is unknown; use one of: " + allowed);
 }
 
-constexpr std::array<std::pair<std::string_view, SourceType>, 11> kSourceTypes{{
+constexpr std::array<std::pair<std::string_view, SourceType>, 16> kSourceTypes{{
     {"F32", SourceType::F32},
     {"F16", SourceType::F16},
     {"BF16", SourceType::BF16},
@@ -27,9 +27,20 @@ constexpr std::array<std::pair<std::string_view, SourceType>, 11> kSourceTypes{{
     {"Q5_0", SourceType::Q5_0},
     {"Q5_1", SourceType::Q5_1},
     {"Q8_0", SourceType::Q8_0},
+    {"Q2_K", SourceType::Q2_K},
+    {"Q3_K", SourceType::Q3_K},
     {"Q4_K", SourceType::Q4_K},
     {"Q5_K", SourceType::Q5_K},
     {"Q6_K", SourceType::Q6_K},
+    {"I8", SourceType::I8},
+    {"I32", SourceType::I32},
+    {"I64", SourceType::I64},
+}};
+
+constexpr std::array<std::pair<std::string_view, CodeLayout>, 3> kLayouts{{
+    {"gptq", CodeLayout::Gptq},
+    {"awq", CodeLayout::Awq},
+    {"rows", CodeLayout::Rows},
 }};
 
 constexpr std::array<std::pair<std::string_view, WeightTransform>, 5> kTransforms{{
@@ -121,6 +132,7 @@ class PyTokenMask : public TokenMask {
 
 SourceType source_type_from_name(const std::string& name) { return from_name(kSourceTypes, name, "source type"); }
 WeightTransform transform_from_name(const std::string& name) { return from_name(kTransforms, name, "transform"); }
+CodeLayout layout_from_name(const std::string& name) { return from_name(kLayouts, name, "code layout"); }
 PreemptionMode preemption_from_name(const std::string& name) { return from_name(kPreemption, name, "preemption"); }
 SchedulingPolicy policy_from_name(const std::string& name) { return from_name(kPolicies, name, "policy"); }
 const char* name_of(PreemptionMode mode) { return mode == PreemptionMode::Swap ? "swap" : "recompute"; }
@@ -167,7 +179,7 @@ std::shared_ptr<py::object> share(py::object object) {
 }
 
 SourceTensor source_tensor(const std::string& name, const std::string& type, std::vector<std::int64_t> shape,
-                           const py::object& data, int interleaved_head_dim) {
+                           const py::object& data, int interleaved_head_dim, std::shared_ptr<const Packing> packing) {
   auto* buffer = new Py_buffer;
   if (PyObject_GetBuffer(data.ptr(), buffer, PyBUF_SIMPLE) != 0) {
     PyErr_Clear();
@@ -186,7 +198,8 @@ SourceTensor source_tensor(const std::string& name, const std::string& type, std
           buffer->buf,
           buffer->len,
           std::move(owner),
-          interleaved_head_dim};
+          interleaved_head_dim,
+          std::move(packing)};
 }
 
 std::shared_ptr<LogitsProcessor> logits_processor(const py::object& callable) {

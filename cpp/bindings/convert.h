@@ -20,6 +20,7 @@ namespace py = pybind11;
 
 SourceType source_type_from_name(const std::string& name);
 WeightTransform transform_from_name(const std::string& name);
+CodeLayout layout_from_name(const std::string& name);
 PreemptionMode preemption_from_name(const std::string& name);
 SchedulingPolicy policy_from_name(const std::string& name);
 const char* name_of(PreemptionMode mode);
@@ -43,7 +44,8 @@ std::shared_ptr<py::object> share(py::object object);
 
 // A view of the buffer's memory, contiguous, read-only. Throws InvalidArgument.
 SourceTensor source_tensor(const std::string& name, const std::string& type, std::vector<std::int64_t> shape,
-                           const py::object& data, int interleaved_head_dim);
+                           const py::object& data, int interleaved_head_dim,
+                           std::shared_ptr<const Packing> packing = nullptr);
 
 std::shared_ptr<LogitsProcessor> logits_processor(const py::object& callable);  // None gives null
 std::shared_ptr<TokenMask> token_mask(const py::object& mask);                  // None gives null

@@ -87,11 +87,27 @@ void bind_types(py::module_& m) {
       .def_readwrite("logprobs", &SamplingParams::logprobs)
       .def_readwrite("prompt_logprobs", &SamplingParams::prompt_logprobs);
 
+  py::class_<Packing, std::shared_ptr<Packing>> packing(m, "Packing");
   py::class_<SourceTensor>(m, "SourceTensor")
-      .def(py::init(&source_tensor), py::arg("name"), py::arg("type"), py::arg("shape"), py::arg("data"),
-           py::arg("interleaved_head_dim") = 0)
+      .def(py::init([](const std::string& name, const std::string& type, std::vector<std::int64_t> shape,
+                       const py::object& data, int interleaved_head_dim, std::shared_ptr<Packing> of_codes) {
+             return source_tensor(name, type, std::move(shape), data, interleaved_head_dim, std::move(of_codes));
+           }),
+           py::arg("name"), py::arg("type"), py::arg("shape"), py::arg("data"), py::arg("interleaved_head_dim") = 0,
+           py::arg("packing") = py::none())
       .def_readonly("name", &SourceTensor::name)
       .def_readonly("shape", &SourceTensor::shape);
+
+  packing.def(
+      py::init([](const std::string& layout, int bits, std::int64_t group, bool zeros_less_one, SourceTensor scales,
+                  std::optional<SourceTensor> zeros, std::optional<SourceTensor> group_of) {
+        Packing p{layout_from_name(layout), bits, group, zeros_less_one, std::move(scales), {}, {}};
+        if (zeros) p.zeros = std::move(*zeros);
+        if (group_of) p.group_of = std::move(*group_of);
+        return p;
+      }),
+      py::arg("layout"), py::arg("bits"), py::arg("group"), py::arg("zeros_less_one"), py::arg("scales"),
+      py::arg("zeros") = py::none(), py::arg("group_of") = py::none());
 
   py::class_<WeightBinding>(m, "WeightBinding")
       .def(py::init([](std::string canonical, std::vector<SourceTensor> sources, const std::string& transform,
@@ -148,7 +164,8 @@ void bind_types(py::module_& m) {
       .def_readonly("graphs", &EngineMemory::graphs)
       .def_readonly("kv_cache", &EngineMemory::kv_cache)
       .def_readonly("other", &EngineMemory::other)
-      .def_readonly("free", &EngineMemory::free);
+      .def_readonly("free", &EngineMemory::free)
+      .def_readonly("inflated", &EngineMemory::inflated);
 }
 
 }  // namespace fastllm

@@ -34,6 +34,7 @@ class Decoder {
   const ModelSpec& spec() const { return spec_; }
   const KvShape& kv_shape() const { return kv_shape_; }  // of this rank
   std::int64_t weight_bytes() const { return packed_bytes(weights_); }
+  const std::vector<std::string>& inflated() const { return weights_.inflated; }
 
   // Runs the layers over all tokens of the step, its padding included, writing their keys and values to `kv_pool`
   // (kv_shape() per block). logit_rows: of the step, its padding included: what no logit depends on is left out of the

@@ -13,8 +13,9 @@ class Packer {
       : loader_(loader), backend_(backend), compute_(compute), progress_(progress), quantization_(quantization) {}
 
   std::unique_ptr<PackedWeight> matrix(const std::string& name, WeightUse use) {
-    const GroupFormat groups = choose_groups(quantization_, use, loader_.own_groups(name));
-    auto packed = backend_.pack(loader_.matrix(name, groups), compute_);
+    const OwnGroups own = loader_.own_groups(name);
+    if (!own.why_none.empty()) inflated_.push_back(name + ": " + own.why_none);
+    auto packed = backend_.pack(loader_.matrix(name, choose_groups(quantization_, use, own.format)), compute_);
     report(name);
     return packed;
   }
@@ -46,6 +47,8 @@ class Packer {
     return {backend_, values};
   }
 
+  std::vector<std::string> take_inflated() { return std::move(inflated_); }
+
  private:
   void report(const std::string& name) {
     done_ += loader_.source_bytes(name);
@@ -58,6 +61,7 @@ class Packer {
   const LoadProgress& progress_;
   Quantization quantization_;
   std::int64_t done_ = 0;  // bytes
+  std::vector<std::string> inflated_;
 };
 
 }  // namespace
@@ -118,6 +122,7 @@ DecoderWeights load_decoder_weights(const WeightLoader& loader, Backend& backend
   w.final_norm = pack.norm("final_norm", spec.head.final_norm);
   if (!spec.head.tied) w.head.weight = pack.matrix("head.weight", WeightUse::Head);
   if (spec.head.bias) w.head.bias = pack.vector("head.bias");
+  w.inflated = pack.take_inflated();
   return w;
 }
 

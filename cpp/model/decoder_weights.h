@@ -43,7 +43,8 @@ struct DecoderWeights {
   DeviceVector positions;                // [learned positions, hidden]
   std::vector<LayerWeights> layers;
   NormWeights final_norm;
-  LinearWeights head;  // weight null when tied
+  LinearWeights head;                 // weight null when tied
+  std::vector<std::string> inflated;  // "name: why" of packed weights that have no groups
 };
 
 // What a backend that can compute on groups of codes is given: see fastllm/types.h, EngineConfig::quantization.

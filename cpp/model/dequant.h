@@ -16,6 +16,7 @@ struct SourceFormat {
 };
 
 const SourceFormat& format_of(SourceType type);
+bool is_integer(SourceType type);
 
 // Elements [begin, begin + n) of a row that starts at `row`; any range, blocks are cut as needed.
 void dequantize(SourceType type, const std::byte* row, std::int64_t begin, std::int64_t n, float* out);

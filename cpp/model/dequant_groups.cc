@@ -91,18 +91,21 @@ GroupFormat groups_of(SourceType type) {
   }
 }
 
-// A symmetric group has offsets too: -zero times its scale, which is as exact as the scale, since zeros are powers of
-// two.
+// A symmetric group has offsets too: -zero times its scale, which is as exact as the scale where zeros are powers of
+// two. Different zeros of 4 bits need offsets, unless one of them has 8 bits: codes can be moved up to 8.
 GroupFormat common_groups(const GroupFormat& a, const GroupFormat& b) {
-  if (a == b) return a;
   if (a.bits == 0 || b.bits == 0) return {};
-  if (a.offsets || b.offsets) return {std::max(a.bits, b.bits), true, 0};
-  return kWideGroups;
+  const int bits = std::max(a.bits, b.bits), size = std::min(a.size, b.size);
+  if (!a.offsets && !b.offsets) {
+    if (a.bits == b.bits && a.zero == b.zero) return {bits, false, a.zero, size};
+    if (bits == kWideGroups.bits) return {bits, false, kWideGroups.zero, size};
+  }
+  return {bits, true, 0, size};
 }
 
 bool groups_fit(SourceType type, const GroupFormat& f) {
   const GroupFormat own = groups_of(type);
-  if (own.bits == 0 || own.bits > f.bits) return false;
+  if (own.bits == 0 || own.bits > f.bits || f.size != kGroup) return false;
   return f.offsets || (!own.offsets && (own == f || f == kWideGroups));
 }
 

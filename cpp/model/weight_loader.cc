@@ -8,7 +8,6 @@
 #include "fastllm/error.h"
 #include "model/checked.h"
 #include "model/dequant.h"
-#include "model/dequant_groups.h"
 #include "model/weight_reader.h"
 
 namespace fastllm {
@@ -48,13 +47,15 @@ std::vector<Shape> source_shapes(const WeightEntry& e) {
   throw LoadError("weight '" + e.weight->name + "': its transform does not apply to this kind of weight");
 }
 
+[[noreturn]] void fail_source(const WeightEntry& e, const SourceTensor& t, const std::string& what) {
+  throw LoadError("weight '" + e.weight->name + "' from tensor '" + t.name + "': " + what);
+}
+
 // Throws unless the tensor has this shape and enough bytes for it.
 std::int64_t check_source(const WeightEntry& e, const SourceTensor& t, const Shape& shape) {
-  auto fail = [&](const std::string& what) {
-    throw LoadError("weight '" + e.weight->name + "' from tensor '" + t.name + "': " + what);
-  };
-  if (static_cast<std::size_t>(t.type) > static_cast<std::size_t>(SourceType::Q6_K))
-    fail("its element type is unknown");
+  auto fail = [&](const std::string& what) { fail_source(e, t, what); };
+  if (static_cast<std::size_t>(t.type) > static_cast<std::size_t>(SourceType::I64)) fail("its element type is unknown");
+  if (is_integer(t.type)) fail(std::string("it is of type ") + format_of(t.type).name + " without scales");
   if (t.shape != shape) fail("its shape is " + to_string(t.shape) + ", the model needs " + to_string(shape));
   const SourceFormat& f = format_of(t.type);
   const std::int64_t row = shape.back();
@@ -76,6 +77,17 @@ std::int64_t check_source(const WeightEntry& e, const SourceTensor& t, const Sha
     if (e.binding->transform == WeightTransform::Transpose) fail("it is both transposed and interleaved");
   }
   return *bytes;
+}
+
+// The codes of a tensor that has some.
+std::shared_ptr<const CodeMatrix> code_matrix(const WeightEntry& e, const SourceTensor& t, const Shape& shape) {
+  if (shape.size() != 2) fail_source(e, t, "only matrices can be packed");
+  if (e.binding->transform == WeightTransform::Transpose) fail_source(e, t, "codes cannot be transposed");
+  try {
+    return std::make_shared<const CodeMatrix>(t, shape[0], shape[1]);
+  } catch (const LoadError& error) {
+    fail_source(e, t, error.what());
+  }
 }
 
 }  // namespace
@@ -117,7 +129,8 @@ struct WeightLoader::Impl {
       throw LoadError("weight '" + b.canonical + "' is made of " + std::to_string(shapes.size()) +
                       " tensors, the checkpoint gives " + std::to_string(b.sources.size()));
     for (std::size_t i = 0; i < shapes.size(); ++i) {
-      const auto bytes = check_source(e, b.sources[i], shapes[i]);
+      e.codes.push_back(b.sources[i].packing ? code_matrix(e, b.sources[i], shapes[i]) : nullptr);
+      const auto bytes = e.codes[i] ? e.codes[i]->bytes() : check_source(e, b.sources[i], shapes[i]);
       if (__builtin_add_overflow(e.bytes, bytes, &e.bytes))
         throw LoadError("weight '" + b.canonical + "': the sizes of its tensors overflow");
     }
@@ -151,7 +164,8 @@ HostMatrix WeightLoader::matrix(const std::string& canonical, const GroupFormat&
   if (reader.is_plain_bf16())
     matrix.read_bf16 = [reader](auto begin, auto end, std::uint16_t* out) { reader.copy_bf16(begin, end, out); };
   matrix.groups = groups;
-  if (groups.bits != 0 && reader.has_groups(groups)) {
+  if (reader.has_groups(groups)) {
+    matrix.order = reader.order();
     matrix.read_groups = [reader, groups](auto begin, auto end, std::uint8_t* codes, float* scales, float* offsets) {
       reader.copy_groups(groups, begin, end, codes, scales, offsets);
     };
@@ -159,16 +173,7 @@ HostMatrix WeightLoader::matrix(const std::string& canonical, const GroupFormat&
   return matrix;
 }
 
-GroupFormat WeightLoader::own_groups(const std::string& canonical) const {
-  const WeightReader reader = impl_->reader(canonical);
-  const auto& sources = reader.entry.binding->sources;
-  GroupFormat common = groups_of(sources[0].type);
-  for (const SourceTensor& t : sources) {
-    if (format_of(t.type).block_elements == 1) return {};
-    common = common_groups(common, groups_of(t.type));
-  }
-  return reader.has_groups(common) ? common : kWideGroups;
-}
+OwnGroups WeightLoader::own_groups(const std::string& canonical) const { return impl_->reader(canonical).own_groups(); }
 
 std::vector<float> WeightLoader::vector(const std::string& canonical) const {
   const WeightReader reader = impl_->reader(canonical);

@@ -12,6 +12,7 @@
 #include "backend/backend.h"
 #include "fastllm/weights.h"
 #include "model/canonical.h"
+#include "model/dequant_groups.h"
 
 namespace fastllm {
 
@@ -31,8 +32,8 @@ class WeightLoader {
   // This rank's part of a 2-D weight, to be kept as `groups` says. Valid while the loader and the checkpoint are.
   HostMatrix matrix(const std::string& canonical, const GroupFormat& groups = {}) const;
   // The groups that keep what a compressed checkpoint has: its own codes where all sources of the weight and this
-  // rank's columns allow it, else 8 bits. No groups when a source is not compressed.
-  GroupFormat own_groups(const std::string& canonical) const;
+  // rank's columns allow it, else 8 bits for block formats. No groups when a source is not compressed.
+  OwnGroups own_groups(const std::string& canonical) const;
   // This rank's part of a 1-D weight.
   std::vector<float> vector(const std::string& canonical) const;
 

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "model/dequant.h"
-#include "model/dequant_groups.h"
 
 namespace fastllm {
 namespace {
@@ -87,7 +86,7 @@ SourceRow source_row(const WeightEntry& e, std::int64_t row) {
 }
 
 // Dimension j D/2 + i of a head is stored as member j of pair i.
-std::int64_t stored_row(const SourceTensor& t, std::int64_t row) {
+std::int64_t file_row(const SourceTensor& t, std::int64_t row) {
   if (t.interleaved_head_dim == 0) return row;
   const std::int64_t dim = t.interleaved_head_dim, r = row % dim;
   return row - r + 2 * (r % (dim / 2)) + r / (dim / 2);
@@ -113,34 +112,52 @@ std::int64_t rank_rows(const WeightEntry& e, int size) {
   return 0;
 }
 
-void WeightReader::operator()(std::int64_t begin, std::int64_t end, float* out) const {
-  if (entry.binding->transform == WeightTransform::Transpose) {
-    read_transposed(begin, end, out);
-  } else {
-    for (std::int64_t r = begin; r < end; ++r) read_row(r, out + (r - begin) * cols);
-  }
-  if (entry.binding->add_one) std::for_each(out, out + (end - begin) * cols, [](float& x) { x += 1.0f; });
+WeightReader::Run WeightReader::row_at(std::int64_t row) const {
+  const auto canonical = canonical_row(entry, rank, size, row);
+  if (canonical < 0) return {-1, 0, 1};
+  const auto [index, source] = source_row(entry, canonical);
+  return {static_cast<std::int64_t>(index), file_row(entry.binding->sources[index], source), 1};
 }
 
-void WeightReader::read_row(std::int64_t row, float* out) const {
-  const auto canonical = canonical_row(entry, rank, size, row);
-  if (canonical < 0) {
-    std::fill_n(out, cols, 0.0f);
-    return;
+WeightReader::Run WeightReader::run_at(std::int64_t begin, std::int64_t end) const {
+  Run run = row_at(begin);
+  for (; begin + run.n < end; ++run.n) {
+    const Run next = row_at(begin + run.n);
+    if (next.source != run.source || (run.source >= 0 && next.first != run.first + run.n)) break;
   }
-  const auto [index, source] = source_row(entry, canonical);
-  const SourceTensor& t = entry.binding->sources[index];
-  // A vector is one row of its checkpoint; a matrix has a row for each of ours.
-  const bool matrix = entry.weight->shape.size() == 2;
-  const std::int64_t width = matrix ? entry.cols : t.shape[0];
+  return run;
+}
+
+const std::byte* WeightReader::stored_row(const SourceTensor& t, std::int64_t row) const {
   const SourceFormat& f = format_of(t.type);
-  const auto* data = static_cast<const std::byte*>(t.data);
-  const std::int64_t stored = stored_row(t, source);
-  if (matrix) {
-    dequantize(t.type, data + stored * (width / f.block_elements) * f.block_bytes, col_begin, cols, out);
-  } else {
-    dequantize(t.type, data, stored, 1, out);
+  return static_cast<const std::byte*>(t.data) + row * (entry.cols / f.block_elements) * f.block_bytes;
+}
+
+void WeightReader::operator()(std::int64_t begin, std::int64_t end, float* out) const {
+  const bool matrix = entry.weight->shape.size() == 2;
+  float* const first = out;
+  if (entry.binding->transform == WeightTransform::Transpose) {
+    read_transposed(begin, end, out);
+    begin = end;
   }
+  for (Run run{}; begin < end; begin += run.n, out += run.n * cols) {
+    run = run_at(begin, end);
+    if (run.source < 0) {
+      std::fill_n(out, run.n * cols, 0.0f);
+      continue;
+    }
+    const auto index = static_cast<std::size_t>(run.source);
+    const SourceTensor& t = entry.binding->sources[index];
+    if (entry.codes[index]) {
+      entry.codes[index]->dequantize(run.first, run.first + run.n, col_begin, cols, out);
+    } else if (matrix) {
+      for (std::int64_t r = 0; r < run.n; ++r)
+        dequantize(t.type, stored_row(t, run.first + r), col_begin, cols, out + r * cols);
+    } else {  // a vector is one row of its checkpoint
+      dequantize(t.type, static_cast<const std::byte*>(t.data), run.first, run.n, out);
+    }
+  }
+  if (entry.binding->add_one) std::for_each(first, out, [](float& x) { x += 1.0f; });
 }
 
 bool WeightReader::is_plain_bf16() const {
@@ -150,43 +167,85 @@ bool WeightReader::is_plain_bf16() const {
 }
 
 void WeightReader::copy_bf16(std::int64_t begin, std::int64_t end, std::uint16_t* out) const {
-  for (std::int64_t r = begin; r < end; ++r, out += cols) {
-    const auto canonical = canonical_row(entry, rank, size, r);
-    if (canonical < 0) {
-      std::fill_n(out, cols, std::uint16_t{0});
-      continue;
+  for (Run run{}; begin < end; begin += run.n) {
+    run = run_at(begin, end);
+    for (std::int64_t r = run.first; r < run.first + run.n; ++r, out += cols) {
+      if (run.source < 0) {
+        std::fill_n(out, cols, std::uint16_t{0});
+      } else {
+        const SourceTensor& t = entry.binding->sources[static_cast<std::size_t>(run.source)];
+        std::memcpy(out, stored_row(t, r) + col_begin * 2, static_cast<std::size_t>(cols) * 2);
+      }
     }
-    const auto [index, source] = source_row(entry, canonical);
-    const SourceTensor& t = entry.binding->sources[index];
-    const std::int64_t at = stored_row(t, source) * entry.cols + col_begin;
-    std::memcpy(out, static_cast<const std::byte*>(t.data) + at * 2, static_cast<std::size_t>(cols) * 2);
   }
+}
+
+bool WeightReader::has_one_order() const {
+  const auto same = [](const auto& a, const auto& b) { return a == b || (a && b && *a == *b); };
+  for (const auto& c : entry.codes)
+    if (c && (!entry.codes[0] || !same(c->order(), entry.codes[0]->order()))) return false;
+  return true;
+}
+
+std::shared_ptr<const std::vector<std::int32_t>> WeightReader::order() const {
+  return entry.codes[0] ? entry.codes[0]->order() : nullptr;
 }
 
 bool WeightReader::has_groups(const GroupFormat& f) const {
   const WeightBinding& b = *entry.binding;
-  return !b.add_one && is_cut_between_groups() &&
-         std::all_of(b.sources.begin(), b.sources.end(), [&](const auto& t) { return groups_fit(t.type, f); });
+  if (f.bits == 0 || b.add_one || !is_cut_between(f.size) || !has_one_order() || (order() && cols != entry.cols))
+    return false;
+  for (std::size_t i = 0; i < b.sources.size(); ++i) {
+    if (!(entry.codes[i] ? entry.codes[i]->fits(f) : groups_fit(b.sources[i].type, f))) return false;
+  }
+  return true;
+}
+
+OwnGroups WeightReader::own_groups() const {
+  const auto& sources = entry.binding->sources;
+  GroupFormat common;
+  bool blocks = true;
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    const CodeMatrix* codes = entry.codes[i].get();
+    if (codes == nullptr && format_of(sources[i].type).block_elements == 1) {
+      const bool any = std::any_of(entry.codes.begin(), entry.codes.end(), [](const auto& c) { return c != nullptr; });
+      return {{}, any ? "'" + sources[i].name + "', a part of it, is not compressed" : ""};
+    }
+    if (codes != nullptr && codes->groups().bits == 0) return {{}, codes->why_no_groups()};
+    const GroupFormat own = codes == nullptr ? groups_of(sources[i].type) : codes->groups();
+    common = i == 0 ? own : common_groups(common, own);
+    blocks = blocks && codes == nullptr;
+  }
+  while (common.size > kGroup && !is_cut_between(common.size)) common.size /= 2;
+  if (has_groups(common)) return {common};
+  if (blocks) return {kWideGroups};
+  common = {common.bits, true, 0, common.size};  // 8 bits with other zeros cannot be moved
+  if (has_groups(common)) return {common};
+  if (!is_cut_between(kGroup)) return {{}, "its " + std::to_string(cols) + " columns are not whole groups"};
+  if (!has_one_order()) return {{}, "its parts sort their columns differently"};
+  if (order()) return {{}, "its sorted columns cannot be shared by ranks"};
+  return {{}, "its parts have no groups in common"};
 }
 
 void WeightReader::copy_groups(const GroupFormat& f, std::int64_t begin, std::int64_t end, std::uint8_t* codes,
                                float* scales, float* offsets) const {
-  const std::int64_t groups = cols / kGroup;
-  for (std::int64_t r = begin; r < end; ++r, codes += cols, scales += groups) {
-    const auto canonical = canonical_row(entry, rank, size, r);
-    if (canonical < 0) {
-      std::fill_n(codes, cols, std::uint8_t{0});
-      std::fill_n(scales, groups, 0.0f);
-      if (offsets != nullptr) std::fill_n(offsets, groups, 0.0f);
+  const std::int64_t groups = cols / f.size;
+  for (Run run{}; begin < end; begin += run.n) {
+    run = run_at(begin, end);
+    if (run.source < 0) {
+      std::fill_n(codes, run.n * cols, std::uint8_t{0});
+      std::fill_n(scales, run.n * groups, 0.0f);
+      if (offsets != nullptr) std::fill_n(offsets, run.n * groups, 0.0f);
+    } else if (const auto& matrix = entry.codes[static_cast<std::size_t>(run.source)]) {
+      matrix->read_groups(f, run.first, run.first + run.n, col_begin, cols, codes, scales, offsets);
     } else {
-      const auto [index, source] = source_row(entry, canonical);
-      const SourceTensor& t = entry.binding->sources[index];
-      const SourceFormat& s = format_of(t.type);
-      const std::int64_t at = stored_row(t, source) * (entry.cols / s.block_elements) * s.block_bytes;
-      read_groups(t.type, f, static_cast<const std::byte*>(t.data) + at, col_begin / kGroup, groups, codes, scales,
-                  offsets);
+      const SourceTensor& t = entry.binding->sources[static_cast<std::size_t>(run.source)];
+      for (std::int64_t r = 0; r < run.n; ++r)
+        read_groups(t.type, f, stored_row(t, run.first + r), col_begin / kGroup, groups, codes + r * cols,
+                    scales + r * groups, offsets == nullptr ? nullptr : offsets + r * groups);
     }
-    if (offsets != nullptr) offsets += groups;
+    codes += run.n * cols, scales += run.n * groups;
+    if (offsets != nullptr) offsets += run.n * groups;
   }
 }
 

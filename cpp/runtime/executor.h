@@ -7,6 +7,7 @@
 #include <limits>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "sched/step_plan.h"
 
@@ -25,7 +26,8 @@ struct KvBudget {
 struct DeviceUse {
   std::string name;
   std::int64_t total = 0, free = 0;
-  std::int64_t weights = 0;  // packed
+  std::int64_t weights = 0;           // packed
+  std::vector<std::string> inflated;  // packed weights of the checkpoint that the first rank keeps dense: "name: why"
 };
 
 class Executor {

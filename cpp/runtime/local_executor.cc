@@ -104,9 +104,10 @@ class LocalExecutor final : public Executor {
   }
 
   DeviceUse device_use() override {
-    if (!is_gpu()) return {{}, 0, 0, weight_bytes()};
-    const DeviceInfo device = ranks_[0]->worker->device();
-    return {device.name, device.memory_total, device.memory_free, ranks_[0]->worker->weight_bytes()};
+    const Worker& first = *ranks_[0]->worker;
+    if (!is_gpu()) return {{}, 0, 0, weight_bytes(), first.inflated()};
+    const DeviceInfo device = first.device();
+    return {device.name, device.memory_total, device.memory_free, first.weight_bytes(), {}};
   }
 
   void init_kv(std::int64_t device_blocks, std::int64_t host_blocks) override {

@@ -36,6 +36,7 @@ EngineMemory memory_of(const StartUse& use) {
   EngineMemory m;
   m.total = use.ready.total;
   m.weights = use.loaded.weights;
+  m.inflated = use.loaded.inflated;
   if (m.total == 0) return m;
   const auto difference = [](std::int64_t a, std::int64_t b) { return std::max<std::int64_t>(a - b, 0); };
   m.device = use.ready.name;

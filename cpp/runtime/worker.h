@@ -52,6 +52,7 @@ class Worker {
 
   std::int64_t block_bytes() const { return decoder_.kv_shape().block_bytes(); }
   std::int64_t weight_bytes() const { return decoder_.weight_bytes(); }
+  const std::vector<std::string>& inflated() const { return decoder_.inflated(); }
   DeviceInfo device() const { return backend_->info(); }
   bool profile_by_running() const { return backend_->profile_by_running(); }
   // The step that takes the most memory, on a KV pool of one block that is gone afterwards.

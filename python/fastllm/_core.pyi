@@ -70,7 +70,27 @@ class SourceTensor:
     """One checkpoint tensor; `data` is any object with the buffer protocol and is kept alive, never copied."""
 
     def __init__(
-        self, name: str, type: str, shape: Sequence[int], data: Any, interleaved_head_dim: int = 0
+        self,
+        name: str,
+        type: str,
+        shape: Sequence[int],
+        data: Any,
+        interleaved_head_dim: int = 0,
+        packing: Packing | None = None,
+    ) -> None: ...
+
+class Packing:
+    """What belongs to the codes of a tensor: layout "gptq" | "awq" | "rows", bits, columns of a group (0: all)."""
+
+    def __init__(
+        self,
+        layout: str,
+        bits: int,
+        group: int,
+        zeros_less_one: bool,
+        scales: SourceTensor,
+        zeros: SourceTensor | None = None,
+        group_of: SourceTensor | None = None,
     ) -> None: ...
 
 class WeightBinding:
@@ -135,6 +155,7 @@ class EngineMemory:
     kv_cache: int
     other: int
     free: int
+    inflated: list[str]  # weights packed in the checkpoint that a CPU keeps dense, "canonical name: why"
 
 class Engine:
     @staticmethod

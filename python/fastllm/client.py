@@ -20,7 +20,7 @@ from fastllm.device import choose_device, memory_line
 from fastllm.engine_args import EngineArgs
 from fastllm.errors import InvalidArgument, LoadError
 from fastllm.loader.model import ModelFiles, open_model
-from fastllm.loader.tensors import PageRelease
+from fastllm.loader.tensors import FileTensor, PageRelease
 from fastllm.logits import core_processor
 from fastllm.output_processor import OutputProcessor, RequestState
 from fastllm.outputs import TokensPrompt
@@ -68,8 +68,9 @@ class EngineClient:
         device = choose_device(args.device, args.tensor_parallel_size)
         _log_dtype(args, files)
         core_config = args.to_core(max_len, files.spec["embed"]["vocab"], device, offline=offline)
-        if core_config.device == "cpu" and core_config.quantization == "auto":
-            _log_compression(files)
+        stays_compressed = core_config.device == "cpu" and core_config.quantization == "auto"
+        if stays_compressed:
+            _log_block_formats(files)
         progress = Progress("Loading weights", 0, "B")
         if files.is_bundle:
             core = _core.Engine.open(core_config, str(files.path), progress.update)
@@ -83,6 +84,8 @@ class EngineClient:
             core = _core.Engine.create(core_config, files.spec_json, core_bindings(files), update)
         progress.close()
         log.info("Loaded %s in %.1f s.", args.model, time.monotonic() - started)
+        if files.quantized:
+            _log_packed(files, core, stays_compressed)
         if core.memory.total:
             kv_tokens = core.config.num_blocks * core.config.block_size
             log.info("%s", memory_line(core.memory, kv_tokens, core.config.max_model_len))
@@ -231,12 +234,21 @@ def core_bindings(files: ModelFiles) -> list[_core.WeightBinding]:
     return [
         _core.WeightBinding(
             b.canonical,
-            [_core.SourceTensor(t.name, t.type, t.shape, t.data, t.interleaved_head_dim) for t in b.sources],
+            [_core_tensor(t) for t in b.sources],
             b.transform,
             b.add_one,
         )
         for b in files.bindings
     ]
+
+
+def _core_tensor(tensor: FileTensor) -> _core.SourceTensor:
+    packing = None
+    if tensor.packing:
+        p = tensor.packing
+        zeros, group_of = (_core_tensor(t) if t else None for t in (p.zeros, p.group_of))
+        packing = _core.Packing(p.layout, p.bits, p.group, p.zeros_less_one, _core_tensor(p.scales), zeros, group_of)
+    return _core.SourceTensor(tensor.name, tensor.type, tensor.shape, tensor.data, tensor.interleaved_head_dim, packing)
 
 
 def _checked_max_len(args: EngineArgs, limit: int) -> int:
@@ -259,9 +271,21 @@ def _log_dtype(args: EngineArgs, files: ModelFiles) -> None:
         log.info("The float32 checkpoint is cast down to bfloat16; pass dtype=float32 to keep it.")
 
 
-def _log_compression(files: ModelFiles) -> None:
+def _log_packed(files: ModelFiles, core: _core.Engine, stays_compressed: bool) -> None:
+    """Says how the weights of a quantised checkpoint are kept."""
+    is_dense = core.config.device != "cpu" or core.config.quantization == "none"
+    how = "kept compressed" if stays_compressed else "dequantised" if is_dense else f"as {core.config.quantization}"
+    log.info("Weights: %s, %s (%.2f GiB).", files.quantized, how, core.memory.weights / 2**30)
+    if stays_compressed and core.memory.inflated:
+        inflated = core.memory.inflated
+        more = f", and {len(inflated) - 1} more" if len(inflated) > 1 else ""
+        log.info("Kept dense all the same: %s%s.", inflated[0], more)
+
+
+def _log_block_formats(files: ModelFiles) -> None:
     """Says once what becomes of block formats; plain types have no codes and stay dense."""
-    types = {t.type for b in files.bindings for t in b.sources if t.type not in ("F32", "F16", "BF16")}
+    sources = (t for b in files.bindings for t in b.sources if t.packing is None)
+    types = {t.type for t in sources if t.type not in ("F32", "F16", "BF16")}
     kept = sorted(name for name in types if _core.group_bits(name))
     converted = sorted(types.difference(kept))
     if kept:

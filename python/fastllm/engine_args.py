@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
-QUANTIZATIONS = ("none", "int8", "int4", "gguf")
+CHECKPOINT_QUANTIZATIONS = ("gguf", "awq", "gptq", "compressed-tensors")
+QUANTIZATIONS = ("none", "int8", "int4", *CHECKPOINT_QUANTIZATIONS)
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy", "null")
 
 
@@ -74,7 +75,8 @@ class EngineArgs:
         None,
         "model",
         "int8, int4: quantise linear layers when loading (CPUs only; logits with 8 bits); none: never compressed, "
-        "not even GGUF; gguf or not given: as the checkpoint, GGUF staying compressed on CPUs",
+        "not even checkpoints that are; gguf, awq, gptq, compressed-tensors (what the checkpoint is) or not given: as "
+        "the checkpoint, compressed ones staying so on CPUs",
     )
     seed: int = _arg(0, "model", "seed of requests that have none", type=int)
 
@@ -203,7 +205,7 @@ class EngineArgs:
         config.enforce_eager = self.enforce_eager
         config.deterministic = self.deterministic
         config.dtype = self.compute_dtype()
-        config.quantization = "auto" if self.quantization in (None, "gguf") else self.quantization
+        config.quantization = "auto" if self.quantization in (None, *CHECKPOINT_QUANTIZATIONS) else self.quantization
         config.max_model_len = max_model_len
         config.prefix_caching = self.enable_prefix_caching
         config.preemption = self.preemption_mode

@@ -54,7 +54,7 @@ def test_flag_is_understood(arguments: list[str], field: str, value: object) -> 
         ({"scheduling_policy": "lottery"}, "scheduling_policy must be one of fcfs, priority, got 'lottery'"),
         ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size must be 1"),
-        ({"quantization": "awq"}, "quantization='awq' is not supported"),
+        ({"quantization": "hqq"}, "quantization='hqq' is not supported"),
         ({"device": "cuda:x"}, "device must be auto, cpu, cuda or cuda:N"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be above 0 and at most 1, got 1.5"),
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype must be one of auto, fp8, fp8_e4m3"),

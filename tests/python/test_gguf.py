@@ -20,7 +20,8 @@ gguf = pytest.importorskip("gguf", reason="the gguf package is the reference")
 
 # The gguf package writes these; K blocks come as random bytes, which are blocks too.
 _QUANTISED = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
-_RANDOM_BLOCKS = ["Q4_K", "Q5_K", "Q6_K"]
+_RANDOM_BLOCKS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+_HALVES = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q6_K": (208, 210)}  # bytes of a block that are fp16; else the first 4
 
 
 @pytest.mark.parametrize("name", [*_QUANTISED, *_RANDOM_BLOCKS])
@@ -34,7 +35,7 @@ def test_block_format_decodes_as_the_gguf_package_does(name: str, tmp_path: Path
         block, size = gguf.GGML_QUANT_SIZES[kind]
         blocks = rng.integers(0, 256, (rows, cols // block, size), dtype=np.uint8)
         # The fp16 scales must be finite: keep their exponents small.
-        scales = (208, 210) if name == "Q6_K" else (0, 4)
+        scales = _HALVES.get(name, (0, 4))
         blocks[:, :, scales[0] + 1 : scales[1] : 2] &= 0xBB
         packed = blocks.reshape(rows, -1)
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")

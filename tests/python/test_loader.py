@@ -50,7 +50,6 @@ def spec_of(config: dict[str, Any]) -> Any:
         ({"vocab_size": 2**40}, "vocab_size must be"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps must be a number"),
         ({"hidden_act": "mish"}, "activation hidden_act='mish' is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .'awq'. is not supported"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2}}, "rope type 'spiral' is not supported"),
         ({"rope_scaling": {"type": ["linear"]}}, "rope type"),
         ({"rope_parameters": {"rope_type": "default", "twist": 1}}, "unknown key 'twist'"),

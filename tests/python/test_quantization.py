@@ -124,7 +124,7 @@ def test_gguf_stays_compressed_and_near_its_dense_numbers(
 
 
 def test_an_unknown_quantization_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'int3' is not supported; known are none, int8, int4, gguf"):
+    with pytest.raises(ValueError, match="'int3' is not supported; known are none, int8, int4, gguf, awq"):
         EngineArgs(quantization="int3")
 
 

@@ -46,6 +46,7 @@ _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_ma
 # name -> config class of transformers, its arguments. GPUs have their fastest attention for heads of 64 and 128.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _COMMON),
+    "llama-wide": ("LlamaConfig", _COMMON | {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}),
     "llama4heads": ("LlamaConfig", _COMMON | {"num_key_value_heads": 4}),
     "llama-heads-of-64": ("LlamaConfig", _LONG | {"head_dim": 64}),
     "llama-heads-of-128": ("LlamaConfig", _LONG | {"head_dim": 128, "num_hidden_layers": 2}),

@@ -173,6 +173,8 @@ struct EngineMemory {
   std::int64_t kv_cache = 0;
   std::int64_t other = 0;  // the driver's context, other processes
   std::int64_t free = 0;
+  // CPUs: the weights that are packed in the checkpoint and yet kept dense, "canonical name: why". Of the first rank.
+  std::vector<std::string> inflated;
 };
 
 }  // namespace fastllm

@@ -105,13 +105,6 @@ class Family:
 
     def build(self, config: HfConfig) -> ModelSpec:
         """The spec of a model of this family. Raises LoadError for whatever would change the computation unseen."""
-        if config.get("quantization_config"):
-            method = config.get("quantization_config")
-            name = method.get("quant_method", method) if isinstance(method, dict) else method
-            raise LoadError(
-                f"{config.where}: quantization_config ({name!r}) is not supported; use the unquantised checkpoint or a "
-                "GGUF file."
-            )
         return self.spec(config)
 
 

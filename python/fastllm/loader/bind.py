@@ -11,7 +11,7 @@ from fastllm.families import Family
 from fastllm.loader.tensors import FileTensor
 from fastllm.spec import ModelSpec
 
-SOURCE_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+SOURCE_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,14 @@ def bind_weights(family: Family, spec: ModelSpec, tensors: Mapping[str, FileTens
         missing += absent
         if not absent:
             used.update(names)
-            is_vector = suffix == "bias" and rule.transform == "transpose"
-            transform = "copy" if is_vector else rule.transform
-            bindings.append(Binding(canonical, tuple(tensors[n] for n in names), transform, rule.add_one))
+            sources = tuple(tensors[n] for n in names)
+            # GPTQ's codes of a layer that stores [in, out] are those of any other layer.
+            is_gptq = all(t.packing and t.packing.layout == "gptq" for t in sources)
+            as_it_is = rule.transform == "transpose" and (suffix == "bias" or is_gptq)
+            bindings.append(Binding(canonical, sources, "copy" if as_it_is else rule.transform, rule.add_one))
     if missing:
         raise LoadError(f"{where} lacks {len(missing)} of the tensors that the model needs: {_some(missing)}.")
-    unexpected = [name for name in tensors if name not in used and not _ignorable(family, spec, name)]
+    unexpected = [name for name in tensors if name not in used and not _ignorable(family, spec, tensors[name], name)]
     if unexpected:
         raise LoadError(
             f"{where} has {len(unexpected)} tensors that a {family.name} model with this config does not use: "
@@ -55,7 +57,7 @@ def bind_weights(family: Family, spec: ModelSpec, tensors: Mapping[str, FileTens
         )
     for binding in bindings:
         for tensor in binding.sources:
-            if tensor.type not in SOURCE_TYPES:
+            if tensor.packing is None and tensor.type not in SOURCE_TYPES:
                 raise LoadError(
                     f"{where}: {tensor.name} has the type {tensor.type}; supported are {', '.join(SOURCE_TYPES)}."
                 )
@@ -69,8 +71,10 @@ def _with_prefix(family: Family, tensors: Mapping[str, FileTensor]) -> Mapping[s
     return {name if name.startswith("lm_head.") else family.prefix + name: t for name, t in tensors.items()}
 
 
-def _ignorable(family: Family, spec: ModelSpec, name: str) -> bool:
+def _ignorable(family: Family, spec: ModelSpec, tensor: FileTensor, name: str) -> bool:
     head = family.weights["head"].sources[0]
+    if name.endswith(".bias") and not any(tensor.data):
+        return True  # quantised layers are often saved with biases that the model never had
     if spec.head.tied and name == f"{head}.weight":
         return True  # a tied head saved all the same
     return any(re.fullmatch(pattern, name) for pattern in family.ignored)

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fastllm.loader.gguf import read_gguf
 from fastllm.loader.gguf_model import gguf_config, gguf_tensors
 from fastllm.loader.gguf_tokenizer import gguf_tokenizer, special_token
 from fastllm.loader.hub import resolve_model
+from fastllm.loader.quantized import check_method, describe, packed_tensors, quantization_of
 from fastllm.loader.safetensors import read_folder
 from fastllm.loader.tensors import FileTensor
 from fastllm.spec import ModelSpec
@@ -41,6 +42,7 @@ class ModelFiles:
     generation: dict[str, Any] = field(default_factory=dict)  # generation_config.json
     checkpoint_dtype: str = "bfloat16"  # of most weights; block formats count as bfloat16
     is_bundle: bool = False
+    quantized: str = ""  # how the weights are packed: "gptq 4 bit, groups of 128"
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -72,19 +74,28 @@ def _open_folder(path: Path, args: EngineArgs) -> ModelFiles:
     hf = HfConfig(config, str(path / "config.json"))
     family = family_of(hf)
     spec = family.build(hf)
+    quantization = quantization_of(hf)
+    method = quantization.get("quant_method") if quantization else "not quantised"
+    check_method(args.quantization, method, str(path))
     if args.load_format == "dummy":
         bindings = list(_dummy_bindings(spec, args.seed))
     else:
-        bindings = bind_weights(family, spec, read_folder(path), str(path))
+        tensors = read_folder(path)
+        bindings = bind_weights(
+            family, spec, packed_tensors(quantization, tensors) if quantization else tensors, str(path)
+        )
     tokenizer = _external_tokenizer(args)
     if tokenizer is None and args.load_format == "dummy" and not (path / "tokenizer.json").is_file():
         tokenizer = byte_tokenizer()  # a folder with a config.json alone: random weights say nothing anyway
-    return _finished(path, spec, tokenizer or load_tokenizer(path), bindings, args)
+    files = _finished(path, spec, tokenizer or load_tokenizer(path), bindings, args)
+    packed = [t for b in bindings for t in b.sources if t.packing]
+    return replace(files, quantized=f"{method} {describe(packed)}") if packed else files
 
 
 def _open_gguf(path: Path, args: EngineArgs) -> ModelFiles:
     if args.load_format == "safetensors":
         raise LoadError(f"load_format=safetensors, but {path} is a GGUF file.")
+    check_method(args.quantization, "a GGUF file", str(path))
     file = read_gguf(path)
     config = _overridden(gguf_config(file), args)
     hf = HfConfig(config, str(path))
@@ -110,6 +121,7 @@ _GGUF_SPECIALS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"
 
 
 def _open_bundle(path: Path, args: EngineArgs) -> ModelFiles:
+    check_method(args.quantization, "a bundle", str(path))
     spec_json = json.dumps(read_json(path / "spec.json"))
     tokenizer = _external_tokenizer(args) or load_tokenizer(path)
     generation = read_generation_config(args.generation_config, path) | args.override_generation_config

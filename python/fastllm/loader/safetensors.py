@@ -9,7 +9,7 @@ from typing import Any
 from fastllm.errors import LoadError
 from fastllm.loader.tensors import FileTensor, map_file
 
-_ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "I32": 4, "I64": 8}
 _MAX_HEADER = 100 << 20  # bytes, the limit of the reference implementation
 _INDEX = "model.safetensors.index.json"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,26 @@ class FileTensor:
     shape: tuple[int, ...]  # row-major
     data: memoryview  # into the mapped file
     interleaved_head_dim: int = 0  # > 0: rows of each head are stored as rotary pairs
+    packing: Packing | None = None  # given: the data are codes
+
+    def parts(self) -> Iterator[FileTensor]:
+        """This tensor and those that belong to its codes."""
+        yield self
+        if self.packing:
+            yield from (t for t in (self.packing.scales, self.packing.zeros, self.packing.group_of) if t)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What makes numbers of codes; see fastllm::Packing."""
+
+    layout: str  # "gptq", "awq", "rows"
+    bits: int  # 4 or 8
+    group: int  # columns that share a scale; 0: all
+    scales: FileTensor
+    zeros: FileTensor | None = None
+    group_of: FileTensor | None = None  # of each column
+    zeros_less_one: bool = False
 
 
 def map_file(path: Path) -> memoryview:
@@ -37,7 +57,8 @@ class PageRelease:
     _EVERY = 64 << 20  # bytes
 
     def __init__(self, tensors: Iterable[FileTensor]) -> None:
-        maps = {id(t.data.obj): t.data.obj for t in tensors if isinstance(t.data.obj, mmap.mmap)}
+        views = [part.data.obj for t in tensors for part in t.parts()]
+        maps = {id(view): view for view in views if isinstance(view, mmap.mmap)}
         self._maps = list(maps.values()) if hasattr(mmap, "MADV_DONTNEED") else []
         self._next = self._EVERY
 
