@@ -356,3 +356,24 @@ def test_biases_of_zeros_that_the_model_never_had_are_dropped(
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(LoadError, match="up_proj.bias"):
         open_model(EngineArgs(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("variant", "quantization"),
+    [
+        (Variant("awq", 4, 128), "int4"),
+        (Variant("gptq", 4, 64), "int4"),
+        (Variant("int", 8, -1, symmetric=True), "int8"),
+    ],
+    ids=str,
+)
+def test_quantising_a_packed_model_keeps_its_codes(
+    variant: Variant, quantization: str, packed_model: Callable[[str, Variant], Packed], make_llm: Callable[..., LLM]
+) -> None:
+    """Codes of as many bits fit into groups of 32 as they are; only the logits become 8 bits."""
+    packed, dense = packed_model("llama-wide", variant)
+    llm = make_llm(packed, quantization=quantization, max_logprobs=-1)
+    reference = make_llm(dense, quantization="none", max_logprobs=-1)
+    mean, worst, same = compare(reference, llm, list(range(200)), 320, 2)
+    print(f"{variant}: differences {mean:.4f} mean, {worst:.4f} at most; {same:.1%} among 2")
+    assert mean < 0.2 and worst < 3 and same > 0.9
