@@ -26,8 +26,8 @@ struct KvBudget {
 struct DeviceUse {
   std::string name;
   std::int64_t total = 0, free = 0;
-  std::int64_t weights = 0;           // packed
-  std::vector<std::string> inflated;  // packed weights of the checkpoint that the first rank keeps dense: "name: why"
+  std::int64_t weights = 0;                // packed
+  std::vector<std::string> inflated = {};  // packed in the checkpoint, dense in the first rank: "name: why"
 };
 
 class Executor {
