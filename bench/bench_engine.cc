@@ -253,7 +253,7 @@ constexpr const char* kUsage =
   --json FILE                 results, written after every part
   --device cpu                auto, cpu, cuda or cuda:N
   --dtype bfloat16            or float32              --quantization auto      none, int8 or int4
-  --kv-cache-dtype auto       or fp8
+  --kv-cache-dtype auto       or float16, int8, ... (CPUs), fp8 (GPUs)
   --max-model-len 4096        --max-num-seqs 256        --max-num-batched-tokens 8192
   --block-size 16             --num-blocks 0            --gpu-memory-utilization 0.92
   --async-depth 2             --tensor-parallel-size 1  --cpu-threads 0        --cpu-bind auto

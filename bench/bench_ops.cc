@@ -7,6 +7,7 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <span>
@@ -122,11 +123,20 @@ void linear(benchmark::State& state, int m, int n, int k, DType dtype) {
   report(state, (1.0 * n * k + 1.0 * m * (n + k)) * size, 2.0 * m * n * k, dtype);
 }
 
-void attention(benchmark::State& state, const Model& model, int rows, int tokens, int past) {
+// Keys and values: uniform in bf16, zeros in other types.
+Operand make_pool(const KvShape& shape, std::int64_t blocks) {
+  if (shape.dtype == DType::BF16) return make(DType::BF16, blocks, shape.block_stride());
+  Operand pool;
+  pool.memory = backend().allocate(static_cast<std::size_t>(blocks * shape.block_bytes()), MemoryKind::Device);
+  std::memset(pool.memory->data(), 0, pool.memory->bytes());
+  return pool;
+}
+
+void attention(benchmark::State& state, const Model& model, int rows, int tokens, int past, DType kv_dtype) {
   constexpr int kBlock = 16, kLayers = 4;
   const int blocks = (past + tokens + kBlock - 1) / kBlock;
-  const KvShape shape{DType::BF16, kLayers, model.kv_heads, kBlock, model.head_dim};
-  const Operand pool = make(DType::BF16, static_cast<std::int64_t>(rows) * blocks, shape.block_stride());
+  const KvShape shape{kv_dtype, kLayers, model.kv_heads, kBlock, model.head_dim};
+  const Operand pool = make_pool(shape, static_cast<std::int64_t>(rows) * blocks);
   const int width = (model.heads + 2 * model.kv_heads) * model.head_dim;
   const Operand qkv = make(DType::BF16, static_cast<std::int64_t>(rows) * tokens, width);
   const Operand out = make(DType::BF16, static_cast<std::int64_t>(rows) * tokens, model.heads * model.head_dim);
@@ -144,7 +154,8 @@ void attention(benchmark::State& state, const Model& model, int rows, int tokens
     layer = (layer + 1) % kLayers;
   }
   const double pairs = 1.0 * rows * tokens * (past + (tokens + 1) / 2.0);
-  const double bytes = 4.0 * rows * (past + tokens) * model.kv_heads * model.head_dim;
+  const double bytes = 1.0 * rows * (past + tokens) / kBlock * static_cast<double>(shape.layer_stride()) *
+                       static_cast<double>(size_of(kv_dtype));
   report(state, bytes, 4.0 * pairs * model.heads * model.head_dim);
 }
 
@@ -267,12 +278,14 @@ void register_ops() {
       add("RopeKv" + tail + rows, rope_kv, model, m);
       add("Embed" + tail + rows, embed, model, m);
     }
-    add("Attention/prefill" + tail + "/512", attention, model, 1, 512, 0);
-    add("Attention/prefill" + tail + "/2048", attention, model, 1, 2048, 0);
-    for (const int past : {200, 2000}) {
+    add("Attention/prefill" + tail + "/512", attention, model, 1, 512, 0, DType::BF16);
+    add("Attention/prefill" + tail + "/2048", attention, model, 1, 2048, 0, DType::BF16);
+    for (const int past : {200, 2000, 16000}) {
       for (const int rows : {1, 4, 16}) {
-        add("Attention/decode" + tail + "/rows:" + std::to_string(rows) + "/past:" + std::to_string(past), attention,
-            model, rows, 1, past);
+        if (past * rows > 32000) continue;  // would take gigabytes
+        const std::string shape = tail + "/rows:" + std::to_string(rows) + "/past:" + std::to_string(past);
+        add("Attention/decode" + shape, attention, model, rows, 1, past, DType::BF16);
+        add("Attention/decode/int8" + shape, attention, model, rows, 1, past, DType::I8);
       }
     }
     for (const int rows : {1, 16}) {

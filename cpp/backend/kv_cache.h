@@ -1,5 +1,8 @@
 // Where the keys and values of all layers of one rank lie. Block-major, so that copy, swap and transfer move one
 // contiguous piece per block:  [block][layer][k|v][kv_head][block_size][head_dim]
+//
+// An int8 cache keeps fp32 scales, one for each position, behind the [block_size][head_dim] codes of each kv head:
+// value = scale * code, scale = max |value| / 127.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +12,9 @@
 
 namespace fastllm {
 
+// Elements of a cache that the scale of one position takes.
+constexpr std::int64_t kv_scale_elements(DType t) { return t == DType::I8 ? sizeof(float) : 0; }
+
 struct KvShape {
   DType dtype = DType::BF16;
   int layers = 0;
@@ -16,10 +22,10 @@ struct KvShape {
   int block_size = 0;  // positions
   int head_dim = 0;
 
-  std::int64_t head_stride() const { return static_cast<std::int64_t>(block_size) * head_dim; }  // elements
-  std::int64_t kv_stride() const { return head_stride() * kv_heads; }                            // k to v, elements
-  std::int64_t layer_stride() const { return 2 * kv_stride(); }                                  // elements
-  std::int64_t block_stride() const { return layer_stride() * layers; }                          // elements
+  std::int64_t head_stride() const { return block_size * (head_dim + kv_scale_elements(dtype)); }  // elements
+  std::int64_t kv_stride() const { return head_stride() * kv_heads; }                              // k to v, elements
+  std::int64_t layer_stride() const { return 2 * kv_stride(); }                                    // elements
+  std::int64_t block_stride() const { return layer_stride() * layers; }                            // elements
   std::int64_t block_bytes() const { return block_stride() * static_cast<std::int64_t>(size_of(dtype)); }
 };
 

@@ -14,6 +14,7 @@
 #include "model/bundle.h"
 #include "model/decoder_weights.h"
 #include "runtime/engine_loop.h"
+#include "runtime/kv_budget.h"
 #include "runtime/local_executor.h"
 #include "runtime/memory_advice.h"
 #include "runtime/null_executor.h"
@@ -60,13 +61,7 @@ void check_device_settings(const EngineConfig& config) {
   if (is_gpu(config) && (quantization == Quantization::Int8 || quantization == Quantization::Int4))
     throw InvalidArgument("quantization '" + config.quantization + "' runs on CPUs only; the device is '" +
                           config.device + "'.");
-  if (config.kv_cache_dtype == "auto") return;
-  if (config.kv_cache_dtype != "fp8")
-    throw InvalidArgument("kv_cache_dtype is '" + config.kv_cache_dtype + "', but must be auto or fp8.");
-  if (!is_gpu(config))
-    throw InvalidArgument("kv_cache_dtype 'fp8' needs a GPU; the device is '" + config.device + "'.");
-  if (config.dtype != "bfloat16")
-    throw InvalidArgument("kv_cache_dtype 'fp8' needs dtype bfloat16; it is '" + config.dtype + "'.");
+  kv_cache_dtype(config, is_gpu(config));
 }
 
 // Replaces the zeros that depend on the model and the machine, not on measured memory.

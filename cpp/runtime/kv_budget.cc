@@ -82,6 +82,25 @@ std::string more_of_gpu(const EngineConfig& c, std::int64_t bytes_per_block, std
 
 }  // namespace
 
+DType kv_cache_dtype(const EngineConfig& c, bool gpu) {
+  const std::string& name = c.kv_cache_dtype;
+  if (name == "auto") return dtype_from_name(c.dtype);
+  if (name == "fp8") {
+    if (!gpu) throw InvalidArgument("kv_cache_dtype 'fp8' needs a GPU; the device is '" + c.device + "'.");
+    if (c.dtype != "bfloat16")
+      throw InvalidArgument("kv_cache_dtype 'fp8' needs dtype bfloat16; it is '" + c.dtype + "'.");
+    return DType::F8E4M3;
+  }
+  for (const DType t : {DType::BF16, DType::F16, DType::F32, DType::I8}) {
+    if (name != name_of(t)) continue;
+    if (gpu && name != c.dtype)
+      throw InvalidArgument("kv_cache_dtype '" + name + "' needs a CPU; with dtype " + c.dtype + " on the device '" +
+                            c.device + "' it may be auto or fp8.");
+    return t;
+  }
+  throw InvalidArgument("kv_cache_dtype is '" + name + "', but must be auto, bfloat16, float16, float32, int8 or fp8.");
+}
+
 KvBudget kv_budget(const EngineConfig& c, std::int64_t bytes_per_block, std::int64_t memory_free) {
   KvBudget budget = user_budget(c, bytes_per_block, memory_free);
   if (c.num_blocks > 0) return budget;

@@ -1,12 +1,16 @@
-// How many KV blocks an engine gets. Pure arithmetic.
+// What a KV cache is made of, and how many blocks an engine gets. Pure arithmetic.
 #pragma once
 
 #include <cstdint>
 
 #include "fastllm/types.h"
 #include "runtime/executor.h"
+#include "tensor/dtype.h"
 
 namespace fastllm {
+
+// The element type that kv_cache_dtype asks for; throws InvalidArgument where the device has no such cache.
+DType kv_cache_dtype(const EngineConfig& config, bool gpu);
 
 // On CPUs. bytes_per_block: over all ranks. memory_free: bytes this process may still take. In order of precedence:
 // num_blocks, kv_cache_bytes, else the least of what max_num_seqs sequences of max_model_len need, 4 GiB and a quarter

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "fastllm/error.h"
+#include "runtime/kv_budget.h"
 
 namespace fastllm {
 namespace {
@@ -13,18 +14,10 @@ namespace {
 // Logits of long prompts are made in slices: a chunk of 2048 tokens would take hundreds of megabytes.
 constexpr int kPromptLogitRows = 64;
 
-DType kv_dtype(const EngineConfig& c, const Backend& backend) {
-  if (c.kv_cache_dtype == "auto") return dtype_from_name(c.dtype);
-  if (c.kv_cache_dtype != "fp8") throw InvalidArgument("kv_cache_dtype is '" + c.kv_cache_dtype + "'; use auto or fp8");
-  const std::string device = backend.info().name;
-  if (device.starts_with("cpu")) throw InvalidArgument("kv_cache_dtype 'fp8' needs a GPU; the device is " + device);
-  return DType::F8E4M3;
-}
-
 DecoderConfig decoder_config(const EngineConfig& c, const StepLimits& limits, const Backend& backend) {
   DecoderConfig d;
   d.dtype = dtype_from_name(c.dtype);
-  d.kv_dtype = kv_dtype(c, backend);
+  d.kv_dtype = kv_cache_dtype(c, !backend.info().name.starts_with("cpu"));
   d.max_len = c.max_model_len;
   d.max_step_tokens = limits.max_tokens;
   d.max_logit_rows = limits.max_logit_rows;

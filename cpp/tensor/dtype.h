@@ -10,10 +10,10 @@
 
 namespace fastllm {
 
-enum class DType : std::uint8_t { F32, BF16, F16, I32, F8E4M3 };  // F8E4M3: KV caches only
+enum class DType : std::uint8_t { F32, BF16, F16, I32, F8E4M3, I8 };  // the last two: KV caches only
 
 constexpr std::size_t size_of(DType t) {
-  if (t == DType::F8E4M3) return 1;
+  if (t == DType::F8E4M3 || t == DType::I8) return 1;
   return t == DType::F32 || t == DType::I32 ? 4 : 2;
 }
 
@@ -29,6 +29,8 @@ constexpr const char* name_of(DType t) {
       return "int32";
     case DType::F8E4M3:
       return "fp8_e4m3";
+    case DType::I8:
+      return "int8";
   }
   return "?";
 }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastllm import _core
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
-KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8", "fp8_e4m3")
 CHECKPOINT_QUANTIZATIONS = ("gguf", "awq", "gptq", "compressed-tensors")
 QUANTIZATIONS = ("none", "int8", "int4", *CHECKPOINT_QUANTIZATIONS)
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy", "null")
@@ -105,7 +105,11 @@ class EngineArgs:
         None, "cache", "KV cache, such as 2G; default: sized from the free memory", type=parse_size
     )
     kv_cache_dtype: str = _arg(
-        "auto", "cache", "auto: as the activations; fp8: half the size, GPUs only", choices=KV_CACHE_DTYPES
+        "auto",
+        "cache",
+        "auto: as the activations; int8: half the size, a scale for each position and head, CPUs only (as are other "
+        "types than the activations'); fp8: half the size, GPUs only",
+        choices=KV_CACHE_DTYPES,
     )
     num_gpu_blocks_override: int | None = _arg(None, "cache", "KV blocks, instead of bytes", type=int)
     swap_space: float = _arg(
@@ -200,7 +204,7 @@ class EngineArgs:
         max_num_seqs, max_num_batched_tokens = default_limits(device, offline)
         config = _core.EngineConfig()
         config.device = device.name
-        config.kv_cache_dtype = "auto" if self.kv_cache_dtype == "auto" else "fp8"
+        config.kv_cache_dtype = "fp8" if self.kv_cache_dtype == "fp8_e4m3" else self.kv_cache_dtype
         config.gpu_memory_utilization = self.gpu_memory_utilization
         config.enforce_eager = self.enforce_eager
         config.deterministic = self.deterministic

@@ -34,6 +34,7 @@ def test_defaults_of_command_line_and_class_agree() -> None:
         (["--device", "cuda:1"], "device", "cuda:1"),
         (["--gpu-memory-utilization", "0.85"], "gpu_memory_utilization", 0.85),
         (["--kv-cache-dtype", "fp8"], "kv_cache_dtype", "fp8"),
+        (["--kv-cache-dtype", "int8"], "kv_cache_dtype", "int8"),
         (["--quantization", "int4"], "quantization", "int4"),
         (["--enforce-eager"], "enforce_eager", True),
         (["--cpu-bind", "0-3|4-7"], "cpu_bind", "0-3|4-7"),
@@ -57,7 +58,7 @@ def test_flag_is_understood(arguments: list[str], field: str, value: object) -> 
         ({"quantization": "hqq"}, "quantization='hqq' is not supported"),
         ({"device": "cuda:x"}, "device must be auto, cpu, cuda or cuda:N"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be above 0 and at most 1, got 1.5"),
-        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype must be one of auto, fp8, fp8_e4m3"),
+        ({"kv_cache_dtype": "int4"}, "kv_cache_dtype must be one of auto, bfloat16, float16, float32, int8, fp8"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N"),
     ],
 )

@@ -122,17 +122,27 @@ def test_tokens_of_a_gpu_are_those_of_the_cpu(gpu_count: int, tiny_model: Callab
     assert answers_alone(folder, "cuda") == answers_alone(folder, "cpu")
 
 
-@pytest.fixture(scope="module", params=["llama4heads", "llama-heads-of-64", "llama-heads-of-128"])
-def bits(request: pytest.FixtureRequest, device: str, tiny_model: Callable[[str], Path]) -> tuple[Path, Answers]:
-    """A model and the answers of a deterministic bf16 engine to each prompt alone."""
-    folder = tiny_model(request.param)
-    return folder, answers_alone(folder, device, logprobs=5, dtype="bfloat16", deterministic=True)
+# Models, and what their keys and values are kept in.
+_CACHES = [("llama4heads", "auto"), ("llama-heads-of-64", "auto"), ("llama-heads-of-128", "auto")]
+_CPU_CACHES = [("llama4heads", "float16"), ("llama-heads-of-64", "int8")]
+
+
+@pytest.fixture(scope="module", params=[*_CACHES, *_CPU_CACHES], ids="-".join)
+def bits(
+    request: pytest.FixtureRequest, device: str, tiny_model: Callable[[str], Path]
+) -> tuple[Path, dict[str, Any], Answers]:
+    """A model, settings, and the answers of a deterministic bf16 engine to each prompt alone."""
+    if device == "cuda" and request.param in _CPU_CACHES:
+        pytest.skip("GPUs have no such cache")
+    folder = tiny_model(request.param[0])
+    settings = {"dtype": "bfloat16", "deterministic": True, "kv_cache_dtype": request.param[1]}
+    return folder, settings, answers_alone(folder, device, logprobs=5, **settings)
 
 
 @pytest.mark.parametrize("variant", _SAME_BITS)
 def test_deterministic_engine_gives_the_same_bits_however_it_schedules(
-    variant: str, device: str, bits: tuple[Path, Answers], make_llm: Callable[..., LLM]
+    variant: str, device: str, bits: tuple[Path, dict[str, Any], Answers], make_llm: Callable[..., LLM]
 ) -> None:
-    folder, expected = bits
-    settings = {"dtype": "bfloat16", "deterministic": True, **VARIANTS.get(variant, {})}
+    folder, fixed, expected = bits
+    settings = {**fixed, **VARIANTS.get(variant, {})}
     check_variant(variant, make_llm(folder, **settings, device=device), expected, logprobs=5)

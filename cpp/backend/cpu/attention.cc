@@ -19,6 +19,20 @@ const void* element(const void* base, std::int64_t i, DType t) {
   return static_cast<const std::byte*>(base) + i * static_cast<std::int64_t>(size_of(t));
 }
 
+KvType kv_type(DType t) {
+  switch (t) {
+    case DType::BF16:
+      return KvType::BF16;
+    case DType::F16:
+      return KvType::F16;
+    case DType::I8:
+      return KvType::I8;
+    default:
+      assert(t == DType::F32);
+      return KvType::F32;
+  }
+}
+
 }  // namespace
 
 void AttnPlan::make(std::span<const AttnRow> rows, int threads) {
@@ -77,7 +91,7 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const Step& base,
     t.group = group;
     t.head_dim = args.head_dim;
     t.kv = element(kv.base, head * kv.head_stride, kv.dtype);
-    t.kv_bf16 = is_bf16(kv.dtype);
+    t.kv_type = kv_type(kv.dtype);
     t.table = reinterpret_cast<const std::int32_t*>(row.table.data());
     t.block_size = kv.block_size;
     t.block_stride = kv.block_stride;
@@ -147,7 +161,8 @@ void CpuBackend::qk_norm_rope_write_kv(const Tensor& qkv, const Step& step, int 
                      .rope_dim = rope.dim,
                      .interleaved = rope.style == RopeStyle::Interleaved,
                      .kv = kv.base,
-                     .kv_bf16 = is_bf16(kv.dtype),
+                     .kv_type = kv_type(kv.dtype),
+                     .block_size = kv.block_size,
                      .block_stride = kv.block_stride,
                      .kv_stride = kv.kv_stride,
                      .head_stride = kv.head_stride};

@@ -77,6 +77,9 @@ struct NormArgs {
   bool x_bf16, out_bf16;
 };
 
+// How a cache keeps keys and values. I8: codes, and behind those of a block the fp32 scales of its positions.
+enum class KvType : int { F32, BF16, F16, I8 };
+
 struct RopeKvArgs {
   void* qkv;  // [tokens, (heads + 2 kv_heads) head_dim]
   int64_t ld;
@@ -89,7 +92,8 @@ struct RopeKvArgs {
   int rope_dim;
   bool interleaved;
   void* kv;  // k of kv head 0, block 0
-  bool kv_bf16;
+  KvType kv_type;
+  int block_size;
   int64_t block_stride, kv_stride, head_stride;  // elements
 };
 
@@ -101,7 +105,7 @@ struct AttnTask {
   bool bf16;
   int tokens, first_pos, group, head_dim;
   const void* kv;  // k of this kv head, block 0
-  bool kv_bf16;
+  KvType kv_type;
   const int32_t* table;
   int block_size;
   int64_t block_stride, kv_stride;  // elements

@@ -113,15 +113,16 @@ struct EngineConfig {
   // "auto": compressed checkpoints are computed on as they are where the device can; "none": never; "int8", "int4":
   // every linear layer is quantised when it is loaded, the logits' with 8 bits. CPUs only.
   std::string quantization = "auto";
-  int max_model_len = 0;                 // tokens of prompt + output; 0: the model's own limit
-  int max_num_seqs = 256;                // sequences resident at once (slots)
-  int max_step_tokens = 2048;            // token budget of one step
-  int max_chunk = 0;                     // tokens of one prompt per step; 0: no limit but the budget
-  int block_size = 16;                   // tokens per KV block
-  std::int64_t kv_cache_bytes = 0;       // 0: sized from the model, the limits and the free memory
-  std::int64_t num_blocks = 0;           // overrides kv_cache_bytes; usable blocks, the reserved one not counted
-  std::int64_t swap_bytes = 0;           // host memory for swapped-out blocks
-  std::string kv_cache_dtype = "auto";   // "auto": as the activations; "fp8": e4m3, GPUs only
+  int max_model_len = 0;            // tokens of prompt + output; 0: the model's own limit
+  int max_num_seqs = 256;           // sequences resident at once (slots)
+  int max_step_tokens = 2048;       // token budget of one step
+  int max_chunk = 0;                // tokens of one prompt per step; 0: no limit but the budget
+  int block_size = 16;              // tokens per KV block
+  std::int64_t kv_cache_bytes = 0;  // 0: sized from the model, the limits and the free memory
+  std::int64_t num_blocks = 0;      // overrides kv_cache_bytes; usable blocks, the reserved one not counted
+  std::int64_t swap_bytes = 0;      // host memory for swapped-out blocks
+  // "auto": as the activations; "bfloat16", "float16", "float32", "int8": CPUs; "fp8": e4m3, GPUs
+  std::string kv_cache_dtype = "auto";
   double gpu_memory_utilization = 0.92;  // share of a GPU's memory this engine may take, (0, 1]
   bool enforce_eager = false;            // no GPU graphs
   bool deterministic = false;            // batch-invariant GPU kernels: a sequence's logits never depend on the batch

@@ -23,8 +23,8 @@ class Sequence {
       : c_(c),
         shape_{c.kv_dtype, 1, c.kv_heads, c.block_size, c.head_dim},
         q(Array(c.dtype, length, c.heads * c.head_dim).fill(random)),
-        k(Array(c.kv_dtype, length, c.kv_heads * c.head_dim).fill(random)),
-        v(Array(c.kv_dtype, length, c.kv_heads * c.head_dim).fill(random)) {
+        k(Array(DType::F32, length, c.kv_heads * c.head_dim).fill(random)),
+        v(Array(DType::F32, length, c.kv_heads * c.head_dim).fill(random)) {
     const int blocks = (length + c.block_size - 1) / c.block_size;
     std::vector<int> order(static_cast<std::size_t>(blocks));
     std::iota(order.begin(), order.end(), 1);
@@ -34,10 +34,8 @@ class Sequence {
                  std::byte{0xff});
     for (int pos = 0; pos < length; ++pos) {
       for (int h = 0; h < c.kv_heads; ++h) {
-        for (int d = 0; d < c.head_dim; ++d) {
-          store(pos, 0, h, d, k.get(pos, h * c.head_dim + d));
-          store(pos, 1, h, d, v.get(pos, h * c.head_dim + d));
-        }
+        store(pos, false, h, k);
+        store(pos, true, h, v);
       }
     }
   }
@@ -48,20 +46,17 @@ class Sequence {
   KvShape shape_;
   std::vector<std::byte> pool_;
 
-  void store(int pos, int is_v, int head, int d, float x) {
-    const KvView kv = view();
-    const auto at =
-        static_cast<std::int64_t>(index(table[static_cast<std::size_t>(pos / c_.block_size)])) * kv.block_stride +
-        is_v * kv.kv_stride + head * kv.head_stride + (pos % c_.block_size) * c_.head_dim + d;
-    if (c_.kv_dtype == DType::F32) {
-      static_cast<float*>(kv.base)[at] = x;
-    } else {
-      static_cast<bf16*>(kv.base)[at] = to_bf16(x);
-    }
+  // Afterwards x is what the cache made of it.
+  void store(int pos, bool is_v, int head, Array& x) {
+    KvSlot slot(view(), table[static_cast<std::size_t>(pos / c_.block_size)], is_v, head, pos % c_.block_size);
+    float* row = static_cast<float*>(x.tensor().at(pos)) + head * c_.head_dim;
+    slot.set({row, static_cast<std::size_t>(c_.head_dim)});
+    for (int d = 0; d < c_.head_dim; ++d) row[d] = slot.get(d);
   }
 
  public:
-  Array q, k, v;
+  Array q;     // activations
+  Array k, v;  // F32
   std::vector<BlockId> table;
 };
 
@@ -147,8 +142,20 @@ TEST_P(Attention, matches_fp64_and_does_not_depend_on_chunking) {
   check(*backend, random, {.heads = 8, .kv_heads = 1, .head_dim = 16, .block_size = 32, .alibi = true}, 90);
 }
 
-TEST_P(Attention, rows_of_a_batch_equal_the_rows_alone) {
-  const Case c{.heads = 6, .kv_heads = 3, .head_dim = 16, .dtype = DType::BF16, .kv_dtype = DType::BF16};
+TEST_P(Attention, every_cache_serves_every_activation) {
+  for (const DType kv : {DType::F32, DType::BF16, DType::F16, DType::I8}) {
+    for (const DType dtype : {DType::F32, DType::BF16}) {
+      for (const int head_dim : {20, 64, 80, 128})
+        check(*backend, random, {.heads = 6, .kv_heads = 2, .head_dim = head_dim, .dtype = dtype, .kv_dtype = kv}, 135);
+      check(*backend, random, {.heads = 9, .kv_heads = 1, .window = 70, .dtype = dtype, .kv_dtype = kv}, 200);
+      check(*backend, random, {.block_size = 5, .softcap = 5.0f, .alibi = true, .dtype = dtype, .kv_dtype = kv}, 70);
+    }
+  }
+}
+
+void check_batch(Backend& backend, Random& random, DType kv_dtype) {
+  SCOPED_TRACE(name_of(kv_dtype));
+  const Case c{.heads = 6, .kv_heads = 3, .head_dim = 16, .dtype = DType::BF16, .kv_dtype = kv_dtype};
   Sequence s(c, random, 800);
   // Several rows of one sequence, as decodes and chunks of different requests sharing blocks would stand.
   const std::vector<std::pair<int, int>> pieces = {{799, 1}, {300, 1}, {0, 40}, {500, 100}, {63, 1}, {64, 2}, {640, 3}};
@@ -162,16 +169,20 @@ TEST_P(Attention, rows_of_a_batch_equal_the_rows_alone) {
     for (int i = 0; i < n; ++i, ++at)
       std::memcpy(q.tensor().at(at), s.q.tensor().at(first + i), static_cast<std::size_t>(q.cols()) * 2);
   }
-  set_table(*backend, c, s);
+  set_table(backend, c, s);
   Array alone(c.dtype, 800, c.heads * c.head_dim);
   for (int repeat = 0; repeat < 5; ++repeat) {
-    const Step& step = begin_step(*backend, rows);
-    backend->attention(out.tensor(), q.tensor(), step, s.view(), args_of(c, {}));
+    const Step& step = begin_step(backend, rows);
+    backend.attention(out.tensor(), q.tensor(), step, s.view(), args_of(c, {}));
     for (const StepRow& row : rows) {
-      attend(*backend, c, s, {}, alone, row.first_pos, row.num_tokens);
+      attend(backend, c, s, {}, alone, row.first_pos, row.num_tokens);
       for (int i = 0; i < row.num_tokens; ++i) ASSERT_TRUE(out.same_row(row.token_begin + i, alone, row.first_pos + i));
     }
   }
+}
+
+TEST_P(Attention, rows_of_a_batch_equal_the_rows_alone) {
+  for (const DType kv : {DType::F32, DType::BF16, DType::F16, DType::I8}) check_batch(*backend, random, kv);
 }
 
 FASTLLM_TEST_ALL_ISAS(Attention);

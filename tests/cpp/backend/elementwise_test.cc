@@ -138,13 +138,7 @@ void check_rope(Backend& backend, Random& random, DType dtype, DType kv_dtype, i
   const float* w = weights.tensor().ptr<float>();
   backend.qk_norm_rope_write_kv(qkv.tensor(), begin_step(backend, rows, tables), heads, spec, w, spec, w + head_dim,
                                 {cos_sin.tensor().ptr<float>(), rope_dim, style}, kv);
-  const double tolerance = std::max(tolerance_of(dtype), tolerance_of(kv_dtype));
-  const auto cached = [&](BlockId block, int is_v, int head, int slot, int d) {
-    const std::int64_t at = static_cast<std::int64_t>(index(block)) * kv.block_stride + is_v * kv.kv_stride +
-                            head * kv.head_stride + slot * head_dim + d;
-    return kv_dtype == DType::F32 ? static_cast<const float*>(kv.base)[at]
-                                  : to_float(static_cast<const bf16*>(kv.base)[at]);
-  };
+  const double tolerance = std::max(tolerance_of(dtype), kv_dtype == DType::F16 ? 1.0 / 1024 : tolerance_of(kv_dtype));
   for (const StepRow& row : rows) {
     const auto& table = row.slot == SlotId{0} ? table0 : table1;
     for (int i = 0; i < row.num_tokens; ++i) {
@@ -178,7 +172,12 @@ void check_rope(Backend& backend, Random& random, DType dtype, DType kv_dtype, i
           ASSERT_TRUE(close(qkv.get(t, h * head_dim + d), want, tolerance_of(dtype))) << "head " << h;
           if (h >= heads) {
             const int kv_head = (h - heads) % kv_heads;
-            ASSERT_TRUE(close(cached(block, is_v, kv_head, pos % block_size, d), want, tolerance)) << "head " << h;
+            const KvSlot slot(kv, block, is_v, kv_head, pos % block_size);
+            if (kv_dtype == DType::I8) {
+              ASSERT_NEAR(slot.get(d), want, 0.51 * slot.get_scale()) << "head " << h;
+            } else {
+              ASSERT_TRUE(close(slot.get(d), want, tolerance)) << "head " << h;
+            }
           }
         }
       }
@@ -202,6 +201,8 @@ TEST_P(Elementwise, qk_norm_rope_write_kv_matches_fp64) {
                  NormKind::Rms);
       check_rope(*backend, random, dtype, DType::F32, head_dim, 0, RopeStyle::Half, NormKind::Layer);
       check_rope(*backend, random, dtype, DType::F32, head_dim, 0, RopeStyle::Half, NormKind::None);
+      check_rope(*backend, random, dtype, DType::F16, head_dim, head_dim, RopeStyle::Half, NormKind::None);
+      check_rope(*backend, random, dtype, DType::I8, head_dim, head_dim, RopeStyle::Half, NormKind::Rms);
     }
   }
 }

@@ -1,8 +1,9 @@
-// What the op tests share: random tensors, poisoned outputs, one backend per instruction set.
+// What the op tests share: random tensors, poisoned outputs, caches, one backend per instruction set.
 #pragma once
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -90,6 +91,55 @@ inline std::vector<TableSet> table_of(SlotId slot, std::span<const BlockId> bloc
   for (const BlockId b : blocks) sets.push_back({slot, static_cast<std::int32_t>(sets.size()), b});
   return sets;
 }
+
+// One head of one position of a layer's cache: its keys, or its values.
+struct KvSlot {
+  KvSlot(const KvView& kv, BlockId block, bool is_v, int head, int slot)
+      : dtype(kv.dtype),
+        element(static_cast<std::byte*>(kv.base) + (static_cast<std::int64_t>(index(block)) * kv.block_stride +
+                                                    is_v * kv.kv_stride + head * kv.head_stride) *
+                                                       static_cast<std::int64_t>(size_of(dtype))),
+        scale(element + kv.block_size * kv.head_dim + slot * 4),
+        dim(kv.head_dim) {
+    element += slot * dim * static_cast<int>(size_of(dtype));
+  }
+  // of an int8 cache, else 1
+  float get_scale() const {
+    float s = 1.0f;
+    if (dtype == DType::I8) std::memcpy(&s, scale, sizeof s);
+    return s;
+  }
+  float get(int d) const {
+    switch (dtype) {
+      case DType::BF16:
+        return to_float(reinterpret_cast<const bf16*>(element)[d]);
+      case DType::F16:
+        return to_float(reinterpret_cast<const f16*>(element)[d]);
+      case DType::I8:
+        return get_scale() * static_cast<float>(reinterpret_cast<const std::int8_t*>(element)[d]);
+      default:
+        return reinterpret_cast<const float*>(element)[d];
+    }
+  }
+  void set(std::span<const float> x) {
+    float most = 0;
+    for (const float v : x) most = std::max(most, std::abs(v));
+    const float step = most / 127;
+    if (dtype == DType::I8) std::memcpy(scale, &step, sizeof step);
+    for (std::size_t d = 0; d < x.size(); ++d) {
+      if (dtype == DType::BF16) reinterpret_cast<bf16*>(element)[d] = to_bf16(x[d]);
+      if (dtype == DType::F16) reinterpret_cast<f16*>(element)[d] = to_f16(x[d]);
+      if (dtype == DType::F32) reinterpret_cast<float*>(element)[d] = x[d];
+      if (dtype == DType::I8)
+        reinterpret_cast<std::int8_t*>(element)[d] = static_cast<std::int8_t>(std::lround(x[d] / step));
+    }
+  }
+
+  DType dtype;
+  std::byte* element;  // the first of the slot
+  std::byte* scale;    // of an int8 cache
+  int dim;
+};
 
 // A step of these rows that samples nothing. ids: zeros when empty.
 inline Step& begin_step(Backend& backend, std::span<const StepRow> rows, std::span<const TableSet> tables = {},

@@ -19,6 +19,31 @@ EngineConfig config(int max_model_len, int max_num_seqs, std::int64_t kv_bytes =
   return c;
 }
 
+TEST(KvBudget, test_a_cache_is_what_its_device_can_keep) {
+  const struct {
+    const char *dtype, *cache;
+    bool gpu;
+    DType kept;
+  } allowed[] = {{"bfloat16", "auto", false, DType::BF16},    {"float32", "auto", true, DType::F32},
+                 {"bfloat16", "float16", false, DType::F16},  {"float32", "int8", false, DType::I8},
+                 {"float32", "bfloat16", false, DType::BF16}, {"bfloat16", "bfloat16", true, DType::BF16},
+                 {"bfloat16", "fp8", true, DType::F8E4M3}};
+  EngineConfig c;
+  for (const auto& row : allowed) {
+    c.dtype = row.dtype, c.kv_cache_dtype = row.cache;
+    EXPECT_EQ(kv_cache_dtype(c, row.gpu), row.kept) << row.dtype << " " << row.cache;
+  }
+  const struct {
+    const char *dtype, *cache;
+    bool gpu;
+  } refused[] = {{"bfloat16", "fp8", false},    {"float32", "fp8", true},    {"bfloat16", "int8", true},
+                 {"bfloat16", "float16", true}, {"bfloat16", "int4", false}, {"bfloat16", "int32", false}};
+  for (const auto& row : refused) {
+    c.dtype = row.dtype, c.kv_cache_dtype = row.cache;
+    EXPECT_THROW(kv_cache_dtype(c, row.gpu), InvalidArgument) << row.dtype << " " << row.cache;
+  }
+}
+
 TEST(KvBudget, test_the_first_setting_given_decides) {
   const struct {
     EngineConfig config;

@@ -19,7 +19,7 @@ namespace {
 template <class T>
 void load_queries(const AttnTask& t, const Work& w) {
   for (int64_t i = 0; i < w.queries; ++i) {
-    const T* q = static_cast<const T*>(t.q) + (i / t.group) * t.q_stride + (i % t.group) * t.head_dim;
+    const T* q = query_row<T>(t, i);
     float* to = w.q + i * t.head_dim;
     for_vectors(t.head_dim, [&](int64_t d, int64_t lanes) { store_some(to + d, load_some(q + d, lanes), lanes); });
   }
@@ -28,23 +28,35 @@ void load_queries(const AttnTask& t, const Work& w) {
 // Positions [begin, begin + valid) of the cache, the rest of the tile zero.
 template <class T>
 void load_tile(const AttnTask& t, const Work& w, int64_t begin, int64_t valid) {
+  constexpr bool kScaled = __is_same(T, Code);
   const T* rows[kKvTile];
-  for (int64_t j = 0; j < valid; ++j) rows[j] = key_row<T>(t, begin + j);
+  find_keys(t, begin, valid, rows);
+  [[maybe_unused]] float key_scales[kKvTile], value_scales[kKvTile];
+  if constexpr (kScaled) load_scales(t, begin, valid, key_scales, value_scales);
+  const auto key = [&](int64_t j, int64_t d, int64_t lanes) {
+    if (j >= valid) return vf{};
+    const vf k = load_some(rows[j] + d, lanes);
+    if constexpr (kScaled) return k * key_scales[j];
+    return k;
+  };
   for (int64_t j = 0; j < kKvTile; ++j) {
     float* to = w.values + j * w.dim;
     if (j >= valid) {
       __builtin_memset(to, 0, static_cast<size_t>(w.dim) * 4);
       continue;
     }
-    const T* v = rows[j] + t.kv_stride;
-    for_vectors(t.head_dim, [&](int64_t d, int64_t lanes) { store(to + d, load_some(v + d, lanes)); });
+    for_vectors(t.head_dim, [&](int64_t d, int64_t lanes) {
+      vf v = load_some(rows[j] + t.kv_stride + d, lanes);
+      if constexpr (kScaled) v *= value_scales[j];
+      store(to + d, v);
+    });
   }
   int64_t d = 0;
 #if defined(__AVX512F__)
   for (; d + 16 <= t.head_dim; d += 16) {
     for (int64_t j = 0; j < kKvTile; j += 16) {
       vf r[16];
-      for (int64_t i = 0; i < 16; ++i) r[i] = j + i < valid ? load(rows[j + i] + d) : vf{};
+      for (int64_t i = 0; i < 16; ++i) r[i] = key(j + i, d, 16);
       transpose16(r);
       for (int64_t i = 0; i < 16; ++i) store(w.keys + (d + i) * kKvTile + j, r[i]);
     }
@@ -53,7 +65,7 @@ void load_tile(const AttnTask& t, const Work& w, int64_t begin, int64_t valid) {
   for (; d < t.head_dim; d += kW) {
     const int64_t lanes = t.head_dim - d < kW ? t.head_dim - d : kW;
     for (int64_t j = 0; j < kKvTile; ++j) {
-      const vf k = j < valid ? load_some(rows[j] + d, lanes) : vf{};
+      const vf k = key(j, d, lanes);
       for (int64_t i = 0; i < lanes; ++i) w.keys[(d + i) * kKvTile + j] = k[i];
     }
   }
@@ -64,7 +76,7 @@ void attend_tile(const AttnTask& t, const Work& w, int64_t tile, float* out) {
   const int64_t begin = tile * kKvTile;
   const int64_t end = t.first_pos + t.tokens;
   const int64_t valid = end - begin < kKvTile ? end - begin : kKvTile;
-  t.kv_bf16 ? load_tile<uint16_t>(t, w, begin, valid) : load_tile<float>(t, w, begin, valid);
+  with_kv_type(t.kv_type, [&]<class T>(T) { load_tile<T>(t, w, begin, valid); });
   small_gemm(w.queries, kKvTile, t.head_dim, w.q, t.head_dim, w.keys, kKvTile, w.scores, kKvTile);
   float* maxima = out + w.queries * w.dim;
   float* sums = maxima + round_up(w.queries, 16);
@@ -146,17 +158,26 @@ void attend_tiles(const AttnTask& t, const Work& w, F&& one_tile) {
 
 void attend(const AttnTask& t, float* scratch) {
   const Work w = layout(t, scratch);
-#if defined(__AMX_BF16__)
-  if (t.bf16 && t.kv_bf16) {
-    FASTLLM_ISA::begin_tiles(t, w);
-    attend_tiles(t, w, FASTLLM_ISA::attend_tile_bf16);
-    FASTLLM_ISA::end_tiles();
-    return;
-  }
-#endif
   t.bf16 ? load_queries<uint16_t>(t, w) : load_queries<float>(t, w);
   attend_tiles(t, w, attend_tile);
 }
+
+#if defined(__AMX_BF16__)
+template <bool kByteTiles>
+void attend_on_tiles(const AttnTask& t, float* scratch) {
+  const bool codes = t.kv_type == KvType::I8;
+  if (!t.bf16 || t.kv_type == KvType::F32 || (codes && !kByteTiles)) return attend(t, scratch);
+  const Work w = layout(t, scratch);
+  if (codes) {
+    FASTLLM_ISA::begin_byte_tiles(t, w);
+    attend_tiles(t, w, FASTLLM_ISA::attend_tile_int8);
+  } else {
+    FASTLLM_ISA::begin_tiles(t, w);
+    attend_tiles(t, w, FASTLLM_ISA::attend_tile_bf16);
+  }
+  FASTLLM_ISA::end_tiles();
+}
+#endif
 
 void merge(const AttnTask& t, float* scratch) {
   const Work w = layout(t, scratch);
@@ -172,6 +193,9 @@ void FASTLLM_ISA::fill_attention(Kernels& t) {
   t.attn_scratch = attn_scratch;
   t.attend = attend;
   t.merge = merge;
+#if defined(__AMX_BF16__)
+  t.attend = FASTLLM_ISA::has_byte_tiles() ? attend_on_tiles<true> : attend_on_tiles<false>;
+#endif
 }
 
 }  // namespace fastllm::cpu

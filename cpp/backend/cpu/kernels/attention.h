@@ -2,19 +2,24 @@
 #pragma once
 
 #include "backend/cpu/kernels/fill.h"
-#include "backend/cpu/kernels/simd.h"
+#include "backend/cpu/kernels/kv_values.h"
 
 namespace fastllm::cpu {
 namespace FASTLLM_ISA {
 
-// Parts of the scratch of one task. The tile path keeps bf16 where the fp32 path keeps fp32.
+// Parts of the scratch of one task. The tile paths keep bf16 or int8 where the fp32 path keeps fp32, see
+// attention_tiles.h.
 struct Work {
   int64_t queries, dim;  // dim: head_dim padded to 16
-  float* q;              // fp32 [queries, head_dim]; bf16 [queries, head_dim padded to 32]
-  float* keys;           // fp32 [head_dim, 64]; bf16 tiles [head_dim / 32][4][16 dim pairs][16 positions][2]
-  float* values;         // fp32 [64, dim]; bf16 tiles [2][dim / 16][16 position pairs][16 dims][2]
-  float* scores;         // fp32 [queries, 64]
-  float* p;              // fp32: the scores' place; bf16 [queries, 64]
+  float* q;              // fp32 [queries, head_dim], or tiles
+  int32_t* pos;          // [queries], where they stand (tiles only, as the next two)
+  float* slopes;         // [queries]
+  float* steps;          // [queries], of int8
+  float* keys;           // fp32 [head_dim, 64], or rows
+  float* values;         // fp32 [64, dim], or tiles
+  float* scores;         // fp32 [queries, 64]; on tiles [64, 16]
+  float* p;              // two tiles
+  float* products;       // int32 [2, 16, max(64, dim)]
   float* tile;           // [queries, dim]; then maxima and sums [queries] each
   float* total;          // the same, merged
 };
@@ -27,30 +32,71 @@ namespace {
 
 constexpr float kNone = -1e30f;  // maximum of no position at all: finite, so that differences are
 
+// f(part, numbers of 4 bytes) for the parts of Work, in order.
+template <class F>
+inline void each_part(int64_t queries, int64_t head_dim, F&& f) {
+  const int64_t dim = round_up(head_dim, 64), padded = round_up(queries, 16);
+  f(&Work::q, padded * dim);
+  f(&Work::pos, padded);
+  f(&Work::slopes, padded);
+  f(&Work::steps, padded);
+  f(&Work::keys, kKvTile * dim);
+  f(&Work::values, kKvTile * dim);
+  f(&Work::scores, padded * kKvTile > 16 * dim ? padded * kKvTile : 16 * dim);
+  f(&Work::p, int64_t{512});
+  f(&Work::products, 2 * 16 * dim);
+  f(&Work::tile, partial_floats(queries, head_dim));
+  f(&Work::total, partial_floats(queries, head_dim));
+}
+
 inline int64_t attn_scratch(int64_t queries, int64_t head_dim) {
-  const int64_t dim = round_up(head_dim, 32);
-  return queries * dim + 2 * kKvTile * dim + 2 * queries * kKvTile + 2 * partial_floats(queries, head_dim);
+  int64_t floats = 0;
+  each_part(queries, head_dim, [&](auto, int64_t n) { floats += n; });
+  return floats;
 }
 
 inline Work layout(const AttnTask& t, float* scratch) {
-  const int64_t queries = static_cast<int64_t>(t.tokens) * t.group, dim = round_up(t.head_dim, 32);
   Work w{};
-  w.queries = queries;
+  w.queries = static_cast<int64_t>(t.tokens) * t.group;
   w.dim = round_up(t.head_dim, 16);
-  w.q = scratch;
-  w.keys = w.q + queries * dim;
-  w.values = w.keys + kKvTile * dim;
-  w.scores = w.values + kKvTile * dim;
-  w.p = w.scores + queries * kKvTile;
-  w.tile = w.p + queries * kKvTile;
-  w.total = w.tile + partial_floats(queries, t.head_dim);
+  each_part(w.queries, t.head_dim, [&]<class T>(T* Work::* part, int64_t n) {
+    w.*part = reinterpret_cast<T*>(scratch);
+    scratch += n;
+  });
   return w;
 }
 
-// Where position `pos` has its key; its value lies kv_stride further.
 template <class T>
-inline const T* key_row(const AttnTask& t, int64_t pos) {
-  return static_cast<const T*>(t.kv) + t.table[pos / t.block_size] * t.block_stride + (pos % t.block_size) * t.head_dim;
+inline const T* query_row(const AttnTask& t, int64_t query) {
+  return static_cast<const T*>(t.q) + query / t.group * t.q_stride + query % t.group * t.head_dim;
+}
+
+// Where the keys of positions [begin, begin + n) lie; their values lie kv_stride further.
+template <class T>
+inline void find_keys(const AttnTask& t, int64_t begin, int64_t n, const T** rows) {
+  int64_t block = begin / t.block_size, slot = begin % t.block_size;
+  for (int64_t j = 0; j < n; ++block, slot = 0) {
+    const T* row = static_cast<const T*>(t.kv) + t.table[block] * t.block_stride + slot * t.head_dim;
+    for (; slot < t.block_size && j < n; ++slot, ++j, row += t.head_dim) rows[j] = row;
+  }
+}
+
+// Where block `block` of the table has the scales of its keys; those of its values lie kv_stride further.
+inline const Code* key_scales(const AttnTask& t, int64_t block) {
+  return static_cast<const Code*>(t.kv) + t.table[block] * t.block_stride +
+         static_cast<int64_t>(t.block_size) * t.head_dim;
+}
+
+// The scales of positions [begin, begin + n) of an int8 cache, and zeros up to kKvTile.
+inline void load_scales(const AttnTask& t, int64_t begin, int64_t n, float* keys, float* values) {
+  int64_t block = begin / t.block_size, slot = begin % t.block_size;
+  for (int64_t j = 0, count = 0; j < n; j += count, ++block, slot = 0) {
+    count = t.block_size - slot < n - j ? t.block_size - slot : n - j;
+    const Code* scales = key_scales(t, block) + slot * 4;
+    __builtin_memcpy(keys + j, scales, static_cast<size_t>(count) * 4);
+    __builtin_memcpy(values + j, scales + t.kv_stride, static_cast<size_t>(count) * 4);
+  }
+  for (int64_t j = n; j < kKvTile; ++j) keys[j] = values[j] = 0.0f;
 }
 
 #if defined(__AVX512F__)
@@ -118,11 +164,14 @@ inline void soften(const AttnTask& t, int64_t query, int64_t begin, const float*
 
 #if defined(__AMX_BF16__)
 namespace FASTLLM_ISA {
-// The tile path, for bf16 activations and a bf16 cache. begin_tiles() also loads the queries; end_tiles() frees the
-// unit.
+// The tile paths, for bf16 activations: attention_amx.cc and attention_amx_int8.cc. begin_...() loads the queries too;
+// end_tiles() frees the unit.
 void begin_tiles(const AttnTask& t, const Work& w);
 void attend_tile_bf16(const AttnTask& t, const Work& w, int64_t tile, float* out);
+void begin_byte_tiles(const AttnTask& t, const Work& w);
+void attend_tile_int8(const AttnTask& t, const Work& w, int64_t tile, float* out);
 void end_tiles();
+bool has_byte_tiles();  // AMX-INT8 is another bit of CPUID than AMX-BF16
 }  // namespace FASTLLM_ISA
 #endif
 

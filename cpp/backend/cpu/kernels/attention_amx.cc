@@ -1,139 +1,153 @@
-// One KV tile of attention on AMX tiles, for bf16 queries and a bf16 cache: s = q k^T and out = p v, the softmax
-// between them in fp32 and p rounded to bf16. Everything else, and the naive reference, is in attention.cc.
+// One KV tile of attention on AMX tiles, for bf16 queries and a bf16 or fp16 cache: s = q k^T and out = p v, the
+// softmax between them in fp32 and p rounded to bf16, as are keys and values from fp16. How: attention_tiles.h.
+// Everything else, and the naive reference, is in attention.cc.
 //
-// Cost: 64 cycles per 16 queries for each of the two products at head_dim 64; the softmax takes most of the time.
+// Cost: 128 cycles per 16 queries for each of the two products at head_dim 64; the softmax takes twice that.
 // Benchmark: --benchmark_filter=Attention
-#include "backend/cpu/kernels/attention.h"
-#include "backend/cpu/kernels/tiles.h"
+#include "backend/cpu/kernels/attention_tiles.h"
 
 #if defined(__AMX_BF16__)
 
 namespace fastllm::cpu {
 namespace {
 
-// Keys: 16 positions by 32 dims at a time, read as 16 dim pairs each, change rows for columns.
-// Values: two positions interleave. Positions from `valid` on and dims beyond head_dim are zero.
-void load_tile(const AttnTask& t, const Work& w, int64_t begin, int64_t valid) {
-  const uint16_t* rows[kKvTile];
-  // Blocks lie anywhere: ask for this tile's values and the next tile's keys while the keys are rearranged.
-  const int64_t last = t.first_pos + t.tokens - 1;
-  for (int64_t j = 0; j < valid; ++j) {
-    rows[j] = key_row<uint16_t>(t, begin + j);
-    const int64_t ahead = begin + kKvTile + j;
-    const uint16_t* next = ahead <= last ? key_row<uint16_t>(t, ahead) : rows[j];
-    for (int64_t d = 0; d < t.head_dim; d += 32) {
-      __builtin_prefetch(rows[j] + t.kv_stride + d);
-      __builtin_prefetch(next + d, 0, 2);
-    }
-  }
-  auto* keys = reinterpret_cast<uint16_t*>(w.keys);
-  for (int64_t d = 0; d < t.head_dim; d += 32) {
-    const int64_t lanes = t.head_dim - d < 32 ? t.head_dim - d : 32;
-    for (int64_t j = 0; j < kKvTile; j += 16, keys += kTile) {
-      vf r[16];
-      for (int64_t i = 0; i < 16; ++i) {
-        r[i] = vf{};
-        if (j + i < valid) {
-          if (lanes == 32) {
-            r[i] = as_float(load_u32(rows[j + i] + d));
-          } else {
-            __builtin_memcpy(&r[i], rows[j + i] + d, static_cast<size_t>(lanes) * 2);
-          }
-        }
+// Up to 32 numbers as bf16, the rest zero.
+inline vf load_bf16(const uint16_t* p, int64_t n) { return load_bytes(p, n * 2); }
+inline vf load_bf16(const Half* p, int64_t n) {
+  const auto h = reinterpret_cast<__m512i>(load_bytes(p, n * 2));
+  const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(h)),
+               high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
+  return reinterpret_cast<vf>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+template <class T>
+KeyRows find_key_rows(const AttnTask& t, const Work& w, const TileRows<T>& rows) {
+  if (!__is_same(T, Half) && keys_in_place(t, rows)) return rows_in_place(rows);
+  return copy_rows(w, rows, round_up(t.head_dim, 32) * 2,
+                   [&](const T* row, int64_t i) { return load_bf16(row + i / 2, t.head_dim - i / 2); });
+}
+
+// Two positions interleave: tiles [2][dim / 16][16 position pairs][16 dims][2]. Positions from `valid` on are zero.
+template <class T, bool kWhole>
+void interleave_values(const AttnTask& t, const Work& w, const TileRows<T>& rows) {
+  // Unpacking works within 128 bits: the eight quads of dims are dealt out so that its halves are 16 dims in order.
+  const __m512i deal = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  auto* to = reinterpret_cast<char*>(w.values);
+  for (int64_t j = 0; j < kKvTile; j += 2) {
+    rows.ask(j, t.kv_stride);
+    rows.ask(j + 1, t.kv_stride);
+    char* tile = to + j / 32 * (w.dim / 16) * kTileBytes + j % 32 * 32;
+    for (int64_t d = 0; d < t.head_dim; d += 32, tile += 2 * kTileBytes) {
+      __m512i pair[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        vf v{};
+        if (kWhole || j + i < rows.valid)
+          v = load_bf16(rows.now[j + i] + t.kv_stride + d, kWhole ? 32 : t.head_dim - d);
+        pair[i] = _mm512_permutexvar_epi64(deal, reinterpret_cast<__m512i>(v));
       }
-      transpose16(r);
-      for (int64_t i = 0; i < 16; ++i) store(reinterpret_cast<float*>(keys) + i * 16, r[i]);
-    }
-  }
-  auto* values = reinterpret_cast<uint16_t*>(w.values);
-  for (int64_t half = 0; half < 2; ++half) {
-    for (int64_t d = 0; d < w.dim; d += 16, values += kTile) {
-      const int64_t lanes = t.head_dim - d < 16 ? t.head_dim - d : 16;
-      for (int64_t i = 0; i < 16; ++i) {
-        const int64_t j = half * 32 + 2 * i;
-        const vf low = j < valid ? load_some(rows[j] + t.kv_stride + d, lanes) : vf{};
-        const vf high = j + 1 < valid ? load_some(rows[j + 1] + t.kv_stride + d, lanes) : vf{};
-        store(reinterpret_cast<float*>(values) + i * 16, as_float((as_bits(low) >> 16) | as_bits(high)));
-      }
+      _mm512_storeu_si512(tile, _mm512_unpacklo_epi16(pair[0], pair[1]));
+      if (d + 16 < w.dim) _mm512_storeu_si512(tile + kTileBytes, _mm512_unpackhi_epi16(pair[0], pair[1]));
     }
   }
 }
 
-// c[rows, n] = a[rows, k] b: a row-major, b as tiles, `b_step` elements from one k block to the next. n: multiple
-// of 16. Tiles 0, 1, 4 have 16 rows, 2, 3, 5 those of the last rows; see begin_tiles().
-void tile_gemm(int64_t rows, int64_t n, int64_t k_blocks, const uint16_t* a, int64_t lda, const uint16_t* b,
-               int64_t b_step, float* c, int64_t ldc) {
-  for (int64_t j = 0; j < n; j += 32, b += 2 * kTile) {
-    const bool pair = j + 16 < n;
-    for (int64_t i = 0; i < rows; i += 16) {
-      const uint16_t* ai = a + i * lda;
-      const uint16_t* bk = b;
-      float* to = c + i * ldc + j;
-      if (i + 16 <= rows) {
-        TILE_ZERO(0);
-        TILE_ZERO(1);
-        for (int64_t kb = 0; kb < k_blocks; ++kb, bk += b_step) {
-          TILE_LOAD(4, ai + kb * 32, lda * 2);
-          TILE_LOAD(6, bk, 64);
-          TILE_DOT(0, 4, 6);
-          if (pair) {
-            TILE_LOAD(7, bk + kTile, 64);
-            TILE_DOT(1, 4, 7);
-          }
-        }
-        TILE_STORE(0, to, ldc * 4);
-        if (pair) TILE_STORE(1, to + 16, ldc * 4);
-      } else {
-        TILE_ZERO(2);
-        TILE_ZERO(3);
-        for (int64_t kb = 0; kb < k_blocks; ++kb, bk += b_step) {
-          TILE_LOAD(5, ai + kb * 32, lda * 2);
-          TILE_LOAD(6, bk, 64);
-          TILE_DOT(2, 5, 6);
-          if (pair) {
-            TILE_LOAD(7, bk + kTile, 64);
-            TILE_DOT(3, 5, 7);
-          }
-        }
-        TILE_STORE(2, to, ldc * 4);
-        if (pair) TILE_STORE(3, to + 16, ldc * 4);
-      }
+// q: tiles [k][16 dim pairs][16 queries][2]; s: [64][16]
+void score(const KeyRows& keys, int64_t k, const char* q, float* s) {
+  for (int64_t g = 0; g < kKvTile / 16; g += 2) {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    for (int64_t i = 0; i < k; ++i) {
+      TILE_LOAD(3, q + i * kTileBytes, 64);
+      TILE_LOAD(2, keys.at[g] + i * 64, keys.stride);
+      TILE_DOT(0, 2, 3);
+      TILE_LOAD(7, keys.at[g + 1] + i * 64, keys.stride);
+      TILE_DOT(1, 7, 3);
     }
+    TILE_STORE(0, s + g * 256, 64);
+    TILE_STORE(1, s + g * 256 + 256, 64);
   }
+}
+
+// p as two A operands, [2][16 queries][32 positions]; returns the sums of what was stored.
+vf round_rows(const float* s, char* p) {
+  // Words of two vectors in turn.
+  alignas(64) static constexpr uint16_t kTurns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i turns = _mm512_load_si512(kTurns);
+  vf even{}, odd{};
+  for (int64_t half = 0; half < 2; ++half, s += 32 * kW, p += kTileBytes) {
+    vf r[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      const auto both =
+          reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(s + (2 * i + 1) * kW), load(s + 2 * i * kW)));
+      r[i] = reinterpret_cast<vf>(_mm512_permutexvar_epi16(turns, both));
+      even += as_float(as_bits(r[i]) << 16);
+      odd += as_float(as_bits(r[i]) & 0xffff0000u);
+    }
+    transpose16(r);
+    for (int64_t i = 0; i < 16; ++i) store(reinterpret_cast<float*>(p) + i * kW, r[i]);
+  }
+  return even + odd;
+}
+
+// out: [queries, dim] of set_queries()
+void weigh(const char* p, const char* values, int64_t dim, float* out) {
+  const int64_t half = dim / 16 * kTileBytes;
+  for (int64_t d = 0; d < dim; d += 32, values += 2 * kTileBytes) {
+    const bool both = d + 16 < dim;
+    TILE_ZERO(4);
+    TILE_ZERO(5);
+    for (int64_t i = 0; i < 2; ++i) {
+      TILE_LOAD(6, p + i * kTileBytes, 64);
+      TILE_LOAD(7, values + i * half, 64);
+      TILE_DOT(4, 6, 7);
+      if (!both) continue;
+      TILE_LOAD(3, values + i * half + kTileBytes, 64);
+      TILE_DOT(5, 6, 3);
+    }
+    TILE_STORE(4, out + d, dim * 4);
+    if (both) TILE_STORE(5, out + d + 16, dim * 4);
+  }
+}
+
+template <class T>
+void attend_tile(const AttnTask& t, const Work& w, int64_t tile, float* out) {
+  const TileRows<T> rows(t, tile);
+  const KeyRows keys = find_key_rows(t, w, rows);
+  const int64_t k = round_up(t.head_dim, 32) / 32;
+  float* maxima = out + w.queries * w.dim;
+  float* sums = maxima + round_up(w.queries, 16);
+  auto* p = reinterpret_cast<char*>(w.p);
+  each_chunk(w, [&](int64_t i, int64_t) {
+    score(keys, k, reinterpret_cast<const char*>(w.q) + i / kChunk * k * kTileBytes, w.scores);
+    if (i == 0) {
+      const bool whole = rows.valid == kKvTile && t.head_dim % 32 == 0;
+      whole ? interleave_values<T, true>(t, w, rows) : interleave_values<T, false>(t, w, rows);
+    }
+    store(maxima + i, soften_columns(t, w, rows, i, w.scores));
+    store(sums + i, round_rows(w.scores, p));
+    weigh(p, reinterpret_cast<const char*>(w.values), w.dim, out + i * w.dim);
+  });
 }
 
 }  // namespace
 
 void FASTLLM_ISA::begin_tiles(const AttnTask& t, const Work& w) {
-  const auto last = static_cast<uint8_t>(w.queries % 16 == 0 ? 16 : w.queries % 16);
-  const uint8_t rows[8] = {16, 16, last, last, 16, last, 16, 16};
-  TileConfig c;
-  for (int i = 0; i < 8; ++i) {
-    c.rows[i] = rows[i];
-    c.bytes_per_row[i] = 64;
-  }
-  configure(c);
-  const int64_t padded = round_up(t.head_dim, 32);
-  auto* to = reinterpret_cast<uint16_t*>(w.q);
-  for (int64_t i = 0; i < w.queries; ++i, to += padded) {
-    const uint16_t* q = static_cast<const uint16_t*>(t.q) + (i / t.group) * t.q_stride + (i % t.group) * t.head_dim;
-    __builtin_memcpy(to, q, static_cast<size_t>(t.head_dim) * 2);
-    __builtin_memset(to + t.head_dim, 0, static_cast<size_t>(padded - t.head_dim) * 2);
+  begin_queries(t, w);
+  auto* to = reinterpret_cast<float*>(w.q);
+  for (int64_t i = 0; i < w.queries; i += kChunk) {
+    for (int64_t d = 0; d < t.head_dim; d += 32) {
+      vf r[16] = {};
+      for (int64_t j = 0; j < queries_of(w, i); ++j)
+        r[j] = load_bf16(query_row<uint16_t>(t, i + j) + d, t.head_dim - d);
+      transpose16(r);
+      for (int64_t j = 0; j < 16; ++j, to += kW) store(to, r[j]);
+    }
   }
 }
 
 void FASTLLM_ISA::attend_tile_bf16(const AttnTask& t, const Work& w, int64_t tile, float* out) {
-  const int64_t begin = tile * kKvTile, end = t.first_pos + t.tokens, padded = round_up(t.head_dim, 32);
-  load_tile(t, w, begin, end - begin < kKvTile ? end - begin : kKvTile);
-  tile_gemm(w.queries, kKvTile, padded / 32, reinterpret_cast<const uint16_t*>(w.q), padded,
-            reinterpret_cast<const uint16_t*>(w.keys), 4 * kTile, w.scores, kKvTile);
-  auto* p = reinterpret_cast<uint16_t*>(w.p);
-  float* maxima = out + w.queries * w.dim;
-  float* sums = maxima + round_up(w.queries, 16);
-  for (int64_t i = 0; i < w.queries; ++i)
-    soften(t, i, begin, w.scores + i * kKvTile, p + i * kKvTile, maxima + i, sums + i);
-  tile_gemm(w.queries, w.dim, 2, p, kKvTile, reinterpret_cast<const uint16_t*>(w.values), w.dim / 16 * kTile, out,
-            w.dim);
+  t.kv_type == KvType::F16 ? attend_tile<Half>(t, w, tile, out) : attend_tile<uint16_t>(t, w, tile, out);
 }
 
 void FASTLLM_ISA::end_tiles() { release(); }

@@ -2,12 +2,12 @@
 //
 //   q, k = norm(q), norm(k)                                          (where a norm is asked for)
 //   (a, b) -> (a cos - b sin, b cos + a sin)     pairs (i, i + dim/2), or (2i, 2i + 1) when interleaved
-//   cache[block][slot] = k, v
+//   cache[block][slot] = k, v           in an int8 cache codes and a scale
 //
 // Cost per token: (heads + 2 kv_heads) head_dim elements read, q and k written back, k and v written to the cache.
 // Benchmark: --benchmark_filter=RopeKv
 #include "backend/cpu/kernels/fill.h"
-#include "backend/cpu/kernels/simd.h"
+#include "backend/cpu/kernels/kv_values.h"
 
 namespace fastllm::cpu {
 namespace {
@@ -50,11 +50,28 @@ void rotate(float* x, const float* cos, int64_t half, bool interleaved) {
   });
 }
 
+// Stores x as slot `slot` of the block whose first slot is at `block`.
+template <class Kv>
+void write_slot(const RopeKvArgs& a, const float* x, int64_t slot, Kv* block) {
+  write_row(x, a.head_dim, block + slot * a.head_dim);
+}
+void write_slot(const RopeKvArgs& a, const float* x, int64_t slot, Code* block) {
+  const int64_t n = a.head_dim;
+  vf most{};
+  for_vectors(n, [&](int64_t i, int64_t lanes) { most = max(abs(load_some(x + i, lanes)), most); });
+  const float scale = max_of(most) / 127.0f;
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  for_vectors(n, [&](int64_t i, int64_t lanes) {
+    store_codes(block + slot * n + i, load_some(x + i, lanes) * inverse, lanes);
+  });
+  __builtin_memcpy(block + a.block_size * n + slot * 4, &scale, 4);
+}
+
 template <class T, class Kv>
 void rope_kv_as(const RopeKvArgs& a, int64_t token, int64_t pos, int64_t block, int64_t slot, float* tmp) {
   const int64_t d = a.head_dim;
   T* row = static_cast<T*>(a.qkv) + token * a.ld;
-  Kv* cache = static_cast<Kv*>(a.kv) + block * a.block_stride + slot * d;
+  Kv* cache = static_cast<Kv*>(a.kv) + block * a.block_stride;
   const float* cos = a.cos_sin + pos * a.rope_dim;
   for (int h = 0; h < a.heads + a.kv_heads; ++h) {
     T* x = row + h * d;
@@ -67,22 +84,19 @@ void rope_kv_as(const RopeKvArgs& a, int64_t token, int64_t pos, int64_t block, 
     }
     if (a.rope_dim > 0) rotate(tmp, cos, a.rope_dim / 2, a.interleaved);
     write_row(tmp, d, x);
-    if (!is_q) write_row(tmp, d, cache + (h - a.heads) * a.head_stride);
+    if (!is_q) write_slot(a, tmp, slot, cache + (h - a.heads) * a.head_stride);
   }
   for (int h = 0; h < a.kv_heads; ++h) {
     read_row(row + (a.heads + a.kv_heads + h) * d, d, tmp);
-    write_row(tmp, d, cache + a.kv_stride + h * a.head_stride);
+    write_slot(a, tmp, slot, cache + a.kv_stride + h * a.head_stride);
   }
 }
 
 void rope_kv(const RopeKvArgs& a, int64_t token, int64_t pos, int64_t block, int64_t slot, float* tmp) {
-  if (a.bf16) {
-    a.kv_bf16 ? rope_kv_as<uint16_t, uint16_t>(a, token, pos, block, slot, tmp)
-              : rope_kv_as<uint16_t, float>(a, token, pos, block, slot, tmp);
-  } else {
-    a.kv_bf16 ? rope_kv_as<float, uint16_t>(a, token, pos, block, slot, tmp)
-              : rope_kv_as<float, float>(a, token, pos, block, slot, tmp);
-  }
+  with_kv_type(a.kv_type, [&]<class Kv>(Kv) {
+    a.bf16 ? rope_kv_as<uint16_t, Kv>(a, token, pos, block, slot, tmp)
+           : rope_kv_as<float, Kv>(a, token, pos, block, slot, tmp);
+  });
 }
 
 }  // namespace

@@ -1,0 +1,202 @@
+// One KV tile of attention on AMX tiles, for bf16 queries and an int8 cache: codes meet codes, and nothing but the
+// softmax is done in fp32. How: attention_tiles.h.
+//
+//   q = step (256 high + low), both int8, step = max |q| / 32512
+//   s[j] = step scale_k[j] (256 high . k[j] + low . k[j])
+//   p[j] scale_v[j] = step (256 high[j] + low[j]), both without sign, step = max_j p[j] scale_v[j] / 65535
+//   out = step sum_j (256 high[j] + low[j]) v[j]
+//
+// 16 bits lose less of q and p than bf16 does, and sums of codes are exact. Cost: as many tile products as with bf16,
+// and half the bytes. Benchmark: --benchmark_filter=Attention
+#include "backend/cpu/kernels/attention_tiles.h"
+
+#if defined(__AMX_BF16__)
+
+#include <cpuid.h>
+
+namespace fastllm::cpu {
+namespace {
+
+constexpr float kMostQuery = 127 * 256;  // its high code fits 8 bits with a sign
+constexpr float kMostWeight = 65535;
+
+// A without sign, B with.
+#define TILE_DOT_WEIGHTS(c, a, b) __asm__ volatile("tdpbusd %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
+
+// 256 high + low of 16 sums.
+inline vf join(const int32_t* high, const int32_t* low) {
+  const vf h = _mm512_cvtepi32_ps(_mm512_loadu_si512(high)), l = _mm512_cvtepi32_ps(_mm512_loadu_si512(low));
+  return fma(h, set1(256.0f), l);
+}
+
+KeyRows find_key_rows(const AttnTask& t, const Work& w, const TileRows<Code>& rows) {
+  if (keys_in_place(t, rows)) return rows_in_place(rows);
+  return copy_rows(w, rows, round_up(t.head_dim, 64),
+                   [&](const Code* row, int64_t i) { return load_bytes(row + i, t.head_dim - i); });
+}
+
+// Four positions interleave, in the order 0, 2, 1, 3 as in round_rows(): tiles [dim / 16][16 quads][16 dims][4].
+template <bool kWhole>
+void interleave_values(const AttnTask& t, const Work& w, const TileRows<Code>& rows) {
+  // Unpacking works within 128 bits: the sixteen quads of dims are dealt out so that its results are 16 dims in order.
+  const __m512i deal = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int64_t j = 0; j < kKvTile; j += 4) {
+    for (int64_t i = 0; i < 4; ++i) rows.ask(j + i, t.kv_stride);
+    char* tile = reinterpret_cast<char*>(w.values) + j * 16;
+    for (int64_t d = 0; d < t.head_dim; d += 64) {
+      __m512i r[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        vf v{};
+        if (kWhole || j + i < rows.valid)
+          v = load_bytes(rows.now[j + i] + t.kv_stride + d, kWhole ? 64 : t.head_dim - d);
+        r[i] = _mm512_permutexvar_epi32(deal, reinterpret_cast<__m512i>(v));
+      }
+      const __m512i low02 = _mm512_unpacklo_epi8(r[0], r[2]), low13 = _mm512_unpacklo_epi8(r[1], r[3]);
+      const __m512i high02 = _mm512_unpackhi_epi8(r[0], r[2]), high13 = _mm512_unpackhi_epi8(r[1], r[3]);
+      const __m512i out[4] = {_mm512_unpacklo_epi16(low02, low13), _mm512_unpackhi_epi16(low02, low13),
+                              _mm512_unpacklo_epi16(high02, high13), _mm512_unpackhi_epi16(high02, high13)};
+      for (int64_t i = 0; i < 4 && d + i * 16 < w.dim; ++i, tile += kTileBytes) _mm512_storeu_si512(tile, out[i]);
+    }
+  }
+}
+
+// q: tiles [k][high, low][16 dim quads][16 queries][4]; s: [64][16]; sums: room for [2][64][16]
+void score(const KeyRows& keys, int64_t k, const char* q, vf steps, const float* scales, int32_t* sums, float* s) {
+  int32_t* low = sums + kKvTile * kW;
+  for (int64_t g = 0; g < kKvTile / 16; ++g) {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    for (int64_t i = 0; i < k; ++i) {
+      TILE_LOAD(2, keys.at[g] + i * 64, keys.stride);
+      TILE_LOAD(3, q + 2 * i * kTileBytes, 64);
+      TILE_DOT_SIGNED(0, 2, 3);
+      TILE_LOAD(7, q + (2 * i + 1) * kTileBytes, 64);
+      TILE_DOT_SIGNED(1, 2, 7);
+    }
+    TILE_STORE(0, sums + g * 256, 64);
+    TILE_STORE(1, low + g * 256, 64);
+  }
+  for (int64_t j = 0; j < kKvTile; ++j) store(s + j * kW, join(sums + j * kW, low + j * kW) * (steps * scales[j]));
+}
+
+// p times the values' scales as two A operands, [high, low][16 queries][64 positions]; returns their steps.
+vf round_rows(const float* s, const float* scales, char* p) {
+  vf part[4] = {};
+  for (int64_t j = 0; j < kKvTile; ++j) part[j % 4] = max(load(s + j * kW) * scales[j], part[j % 4]);
+  const vf most = max(max(part[0], part[1]), max(part[2], part[3]));
+  const vf inverse = most > 0.0f ? kMostWeight / most : vf{};
+  vf high[16], low[16];
+  for (int64_t i = 0; i < 16; ++i) {
+    vu code[4];
+    for (int64_t j = 0; j < 4; ++j)
+      code[j] = reinterpret_cast<vu>(_mm512_cvtps_epi32(load(s + (4 * i + j) * kW) * scales[4 * i + j] * inverse));
+    const vu a = code[0] | code[1] << 16, b = code[2] | code[3] << 16;
+    high[i] = as_float(((a >> 8) & 0x00ff00ffu) | (b & 0xff00ff00u));
+    low[i] = as_float((a & 0x00ff00ffu) | ((b << 8) & 0xff00ff00u));
+  }
+  transpose16(high);
+  transpose16(low);
+  auto* to = reinterpret_cast<float*>(p);
+  for (int64_t i = 0; i < 16; ++i) {
+    store(to + i * kW, high[i]);
+    store(to + (16 + i) * kW, low[i]);
+  }
+  return most * (1.0f / kMostWeight);
+}
+
+// out: [n queries, dim] of set_queries(); sums: room for [2][16][dim]
+void weigh(const char* p, const char* values, int64_t n, int64_t dim, vf steps, int32_t* sums, float* out) {
+  int32_t* low = sums + kChunk * dim;
+  for (int64_t d = 0; d < dim; d += 16, values += kTileBytes) {
+    TILE_ZERO(4);
+    TILE_ZERO(5);
+    TILE_LOAD(7, values, 64);
+    TILE_LOAD(6, p, 64);
+    TILE_DOT_WEIGHTS(4, 6, 7);
+    TILE_LOAD(6, p + kTileBytes, 64);
+    TILE_DOT_WEIGHTS(5, 6, 7);
+    TILE_STORE(4, sums + d, dim * 4);
+    TILE_STORE(5, low + d, dim * 4);
+  }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t d = i * dim; d < (i + 1) * dim; d += kW) store(out + d, join(sums + d, low + d) * steps[i]);
+}
+
+// Rows of 16 queries, zero where there is none, as codes; returns the steps. codes: [2][16 queries][64 padded dims]
+vf split_queries(const AttnTask& t, int64_t first, int64_t n, int64_t padded, int8_t* codes) {
+  vf steps{};
+  for (int64_t i = 0; i < kChunk; ++i) {
+    const uint16_t* q = query_row<uint16_t>(t, first + (i < n ? i : 0));
+    vf most{};
+    for_vectors(t.head_dim, [&](int64_t d, int64_t lanes) { most = max(abs(load_some(q + d, lanes)), most); });
+    const float top = i < n ? max_of(most) : 0.0f;
+    steps[i] = top / kMostQuery;
+    const vf inverse = set1(top > 0.0f ? kMostQuery / top : 0.0f);
+    int8_t *high = codes + i * padded, *low = high + kChunk * padded;
+    for (int64_t d = 0; d < padded; d += kW) {
+      const int64_t left = t.head_dim - d;
+      const vf x = left >= kW ? load(q + d) : left > 0 ? load(q + d, left) : vf{};
+      const __m512i code = _mm512_cvtps_epi32(x * inverse);
+      // The last byte of the code, as a signed one, is what 256 times this leaves.
+      const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(code, _mm512_set1_epi32(128)), 8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(high + d), _mm512_cvtepi32_epi8(upper));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(low + d), _mm512_cvtepi32_epi8(code));
+    }
+  }
+  return steps;
+}
+
+}  // namespace
+
+bool FASTLLM_ISA::has_byte_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 25 & 1u) != 0;
+}
+
+void FASTLLM_ISA::begin_byte_tiles(const AttnTask& t, const Work& w) {
+  begin_queries(t, w);
+  const int64_t padded = round_up(t.head_dim, 64);
+  auto* codes = reinterpret_cast<int8_t*>(w.scores);
+  auto* to = reinterpret_cast<float*>(w.q);
+  for (int64_t i = 0; i < w.queries; i += kChunk) {
+    store(w.steps + i, split_queries(t, i, queries_of(w, i), padded, codes));
+    for (int64_t d = 0; d < padded; d += 64) {
+      for (int64_t part = 0; part < 2; ++part) {
+        vf r[16];
+        for (int64_t j = 0; j < 16; ++j) r[j] = load_bytes(codes + (part * kChunk + j) * padded + d, 64);
+        transpose16(r);
+        for (int64_t j = 0; j < 16; ++j, to += kW) store(to, r[j]);
+      }
+    }
+  }
+}
+
+void FASTLLM_ISA::attend_tile_int8(const AttnTask& t, const Work& w, int64_t tile, float* out) {
+  const TileRows<Code> rows(t, tile);
+  const KeyRows keys = find_key_rows(t, w, rows);
+  float key_scales[kKvTile], value_scales[kKvTile];
+  load_scales(t, rows.begin, rows.valid, key_scales, value_scales);
+  const int64_t k = round_up(t.head_dim, 64) / 64;
+  float* maxima = out + w.queries * w.dim;
+  float* sums = maxima + round_up(w.queries, 16);
+  auto* p = reinterpret_cast<char*>(w.p);
+  auto* products = reinterpret_cast<int32_t*>(w.products);
+  each_chunk(w, [&](int64_t i, int64_t n) {
+    score(keys, k, reinterpret_cast<const char*>(w.q) + i / kChunk * 2 * k * kTileBytes, load(w.steps + i), key_scales,
+          products, w.scores);
+    if (i == 0) {
+      const bool whole = rows.valid == kKvTile && t.head_dim % 64 == 0;
+      whole ? interleave_values<true>(t, w, rows) : interleave_values<false>(t, w, rows);
+    }
+    store(maxima + i, soften_columns(t, w, rows, i, w.scores));
+    vf part[4] = {};
+    for (int64_t j = 0; j < kKvTile; ++j) part[j % 4] += load(w.scores + j * kW);
+    store(sums + i, (part[0] + part[1]) + (part[2] + part[3]));
+    const vf steps = round_rows(w.scores, value_scales, p);
+    weigh(p, reinterpret_cast<const char*>(w.values), n, w.dim, steps, products, out + i * w.dim);
+  });
+}
+
+}  // namespace fastllm::cpu
+
+#endif
