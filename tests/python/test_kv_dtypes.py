@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,11 +37,15 @@ def test_int8_cache_adds_little_to_the_error(
     pytest.importorskip("torch", reason="needs torch as the reference")
     folder = tiny_model(name)
     settings = {"dtype": dtype, "max_logprobs": -1, "long_prefill_token_threshold": chunk}
-    llm = make_llm(folder, kv_cache_dtype="int8", **settings)
-    output = generate_all_logprobs(llm, [_PROMPT], _NEW_TOKENS)[0]
-    wanted = next_logprobs(folder, _PROMPT + list(output.outputs[0].token_ids))
-    error = rms(logprob_rows(output) - wanted)
-    assert 0 < error < 0.02 * rms(wanted - wanted.mean()), "of the spread of the log-probabilities"
+    error = {}
+    for cache in ["auto", "int8"]:
+        llm = make_llm(folder, kv_cache_dtype=cache, **settings)
+        output = generate_all_logprobs(llm, [_PROMPT], _NEW_TOKENS)[0]
+        wanted = next_logprobs(folder, _PROMPT + list(output.outputs[0].token_ids))
+        error[cache] = rms(logprob_rows(output) - wanted)
+        spread = rms(wanted - wanted.mean())
+    assert error["int8"] != error["auto"], "the cache is not int8"
+    assert error["int8"] < math.hypot(error["auto"], 0.02 * spread)
 
 
 def test_the_same_memory_holds_nearly_twice_the_blocks_in_int8(
@@ -49,7 +54,7 @@ def test_the_same_memory_holds_nearly_twice_the_blocks_in_int8(
     folder = tiny_model("llama-heads-of-128")
     blocks = {}
     for cache in ["bfloat16", "float32", "int8"]:
-        settings = {"dtype": "bfloat16", "num_gpu_blocks_override": None, "kv_cache_memory_bytes": 4 << 20}
+        settings = {"dtype": "bfloat16", "num_gpu_blocks_override": None, "kv_cache_memory_bytes": 16 << 20}
         blocks[cache] = make_llm(folder, kv_cache_dtype=cache, **settings).stats().total_blocks
     assert blocks["float32"] == pytest.approx(blocks["bfloat16"] / 2, rel=0.02)
     assert blocks["int8"] == pytest.approx(blocks["bfloat16"] * 256 / 132, rel=0.02)
