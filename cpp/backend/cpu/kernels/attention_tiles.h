@@ -162,10 +162,11 @@ inline vf soften_columns(const AttnTask& t, const Work& w, const TileRows<T>& ro
       store(s + j * kW, x);
     }
   }
-  const vf factor = set1(plain ? t.scale * kLog2e : kLog2e), top = -m * kLog2e;
+  // Scaled before anything else, as above: the same bits whether or not a neighbour needs the mask.
+  const vf scale = set1(plain ? t.scale : 1.0f), top = -m * kLog2e;
   for (int64_t j = 0; j < kKvTile; ++j) {
     if (first == 0) rows.ask(j, 0);
-    store(s + j * kW, exp2_fast(fma(load(s + j * kW), factor, top)));
+    store(s + j * kW, exp2_fast(fma(load(s + j * kW) * scale, set1(kLog2e), top)));
   }
   return m;
 }
