@@ -37,7 +37,7 @@ typedef struct fl_engine_config {
   const char* device;           /* "cpu" (default), "cuda", "cuda:N", or "auto" */
   const char* dtype;            /* "bfloat16" (default) or "float32" */
   const char* quantization;     /* "auto" (default): as the checkpoint; "none", "int8", "int4" */
-  const char* kv_cache_dtype;   /* "auto" (default): as the activations; "fp8" */
+  const char* kv_cache_dtype;   /* "auto" (default): as the activations; "int8", ... */
   int32_t max_model_len;        /* tokens */
   int32_t max_num_seqs;         /* sequences */
   int32_t max_step_tokens;      /* tokens */
