@@ -80,7 +80,7 @@ TEST_F(CApi, a_wrong_field_is_named_with_its_value) {
   } cases[] = {
       {&fl_engine_config::device, "tpu", "device is 'tpu'"},
       {&fl_engine_config::quantization, "int3", "int3"},
-      {&fl_engine_config::kv_cache_dtype, "int8", "kv_cache_dtype is 'int8'"},
+      {&fl_engine_config::kv_cache_dtype, "int3", "kv_cache_dtype is 'int3'"},
       {&fl_engine_config::cpu_bind, "0-x", "cpu_bind is '0-x'"},
   };
   for (const auto& c : cases) {
