@@ -22,19 +22,21 @@ namespace fastllm::bench {
 namespace {
 
 using namespace cpu;
-using cpu::kGroup;
 
 struct Format {
   const char* name;
   int bits;  // 16: dense bf16
   bool offsets;
+  std::int64_t group;
 };
-constexpr Format kFormats[] = {
-    {"bf16", 16, false}, {"8bit", 8, false}, {"8bit+offsets", 8, true}, {"4bit", 4, false}, {"4bit+offsets", 4, true}};
+constexpr Format kFormats[] = {{"bf16", 16, false, 32},       {"8bit", 8, false, 32},
+                               {"8bit+offsets", 8, true, 32}, {"4bit", 4, false, 32},
+                               {"4bit+offsets", 4, true, 32}, {"8bit/128", 8, false, 128},
+                               {"4bit/64", 4, false, 64},     {"4bit+offsets/128", 4, true, 128}};
 
 std::int64_t weight_bytes(const Format& f, std::int64_t n, std::int64_t k) {
-  const std::int64_t blocks = n / kPanel * (k / kGroup);
-  return blocks * (f.bits == 16 ? kPanel * kGroup * 2 : quant_block_bytes(f.bits, f.offsets));
+  const std::int64_t blocks = n / kPanel * (k / f.group);
+  return blocks * (f.bits == 16 ? kPanel * f.group * 2 : quant_block_bytes(f.bits, f.group, f.offsets));
 }
 
 // Bytes that are small positive numbers as bf16 and as fp16 too.
@@ -69,7 +71,7 @@ void quant(benchmark::State& state, const Format& f, std::int64_t m, std::int64_
         if (dense) {
           kernels.prepare_bf16(reinterpret_cast<const std::uint16_t*>(x.data()), k, begin, end, k, prepared.data());
         } else {
-          kernels.prepare_i8(x.data(), true, k, begin, end, k, prepared.data());
+          kernels.prepare_i8({x.data(), true, k, k, f.group, nullptr}, begin, end, prepared.data());
         }
       }
     });
@@ -85,7 +87,7 @@ void quant(benchmark::State& state, const Format& f, std::int64_t m, std::int64_
         } else {
           QuantArgs g{};
           g.a = prepared.data(), g.w = w, g.m = m, g.n = n, g.k = k, g.out = out.data(), g.ldo = n, g.out_bf16 = true;
-          g.bits = f.bits, g.offsets = f.offsets, g.zero = f.offsets ? 0 : 1 << (f.bits - 1);
+          g.bits = f.bits, g.group = f.group, g.offsets = f.offsets, g.zero = f.offsets ? 0 : 1 << (f.bits - 1);
           kernels.gemm_quant(g, m0, m1, p0, p1);
         }
       }

@@ -6,13 +6,13 @@
 //   fp32  [N/32][K][32]
 //   bf16  [N/32][K/32][2 tiles][16 k pairs][16 columns][2]     a tile is what TDPBF16PS takes as its B operand
 //
-// Weights in groups of kGroup adjacent k are codes without sign, 8 or 4 bits each, with fp16 scales:
-//   symmetric     w = scale[n][k / 32] * (code - zero), zero being one number for the whole weight
-//   with offsets  w = scale[n][k / 32] * code + offset[n][k / 32]
-// They are packed as [N/32][K/32] blocks of: codes, 32 fp16 scales and, only with offsets, 32 fp16 offsets. What a last
-// group lacks is code, scale and offset 0.
-//   8 bits  [2 tiles][8 k quads][16 columns][4]           a tile is what TDPBSUD takes as its B operand for K = 32
-//   4 bits  [2 tiles][4 pairs of quads][16 columns][4]    low nibbles: quad 2 pair, high nibbles: quad 2 pair + 1
+// Weights in groups of G = 32, 64 or 128 adjacent k are codes without sign, 8 or 4 bits each, with fp16 scales:
+//   symmetric     w = scale[n][k / G] * (code - zero), zero being one number for the whole weight
+//   with offsets  w = scale[n][k / G] * code + offset[n][k / G]
+// They are packed as [N/32][K/G] blocks of: codes, 32 fp16 scales and, only with offsets, 32 fp16 offsets. What a last
+// group lacks is code 0.
+//   8 bits  [2 tiles][G/4 quads of k][16 columns][4]      16 quads of a tile: what TDPBSUD takes as its B operand
+//   4 bits  [2 tiles][G/8 pairs of quads][16 columns][4]  low nibbles: quad 2 pair, high nibbles: quad 2 pair + 1
 #pragma once
 
 #include <stddef.h>
@@ -20,8 +20,9 @@
 
 namespace fastllm::cpu {
 
-inline constexpr int64_t kPanel = 32;       // weight columns of a panel
-inline constexpr int64_t kGroup = 32;       // adjacent k that share a scale, of weights as of activations
+inline constexpr int64_t kPanel = 32;  // weight columns of a panel
+inline constexpr int64_t kGroup = 32;  // adjacent k of the smallest group that share a scale
+inline constexpr int64_t kSpan = 128;  // adjacent k of int8 activations that share a step: those of the largest group
 inline constexpr int64_t kRowBlock = 32;    // activation rows of a prepared block
 inline constexpr int64_t kKvTile = 64;      // KV positions of one softmax partial; anchored at position 0
 inline constexpr int64_t kQueryBlock = 32;  // query tokens that share one pass over the KV tiles
@@ -42,28 +43,39 @@ struct GemmArgs {
 };
 
 // Bytes of the block of one group of one panel, and of the codes at its start.
-static constexpr int64_t quant_code_bytes(int bits) { return kGroup * kPanel * bits / 8; }
-static constexpr int64_t quant_block_bytes(int bits, bool offsets) {
-  return quant_code_bytes(bits) + kPanel * (offsets ? 4 : 2);
+static constexpr int64_t quant_code_bytes(int bits, int64_t group) { return group * kPanel * bits / 8; }
+static constexpr int64_t quant_block_bytes(int bits, int64_t group, bool offsets) {
+  return quant_code_bytes(bits, group) + kPanel * (offsets ? 4 : 2);
 }
 
-// The same product with grouped weights, in integers within a group. Activations are rounded to int8 by rows and
-// groups:
-//   xs = max |x| / 127;  xq = round to even(x / xs);  s = sum xq;  isum = sum code * xq
-// Groups are added in ascending order with fused multiply-adds, so all instruction sets and batches give the same bits:
-//   symmetric     acc = fma(scale, xs * float(isum - zero * s), acc)
-//   with offsets  acc = fma(scale, xs * float(isum), acc);  acc = fma(offset, xs * float(s), acc)
+// The same product with grouped weights, in integers within a group. Activations are rounded to int8 by rows and spans:
+//   absmax = max |x|;  xs = absmax / 127;  xq = round to even(x * (127 / absmax)), or 0 for absmax <= 1e-36
+// With isum = sum code * xq and s = sum xq of a group, groups are added in ascending order with fused multiply-adds, so
+// all instruction sets and batches give the same bits:
+//   symmetric     part = fma(scale, float(isum - zero * s), part)                                    for groups of a
+//   span with offsets  part = fma(scale, float(isum), part);  part = fma(offset, float(s), part)          for groups of
+//   a span acc = fma(xs, part, acc)                                                                         for spans
 struct QuantArgs {
   const void* a;    // what prepare_i8() wrote
   const void* w;    // packed
   int64_t m, n, k;  // true sizes
   int bits;         // of a code: 8 or 4
+  int64_t group;    // adjacent k: 32, 64 or 128
   bool offsets;
   int zero;           // 0 with offsets
   const float* bias;  // [n] or null
   void* out;
   int64_t ldo;  // elements
   bool out_bf16, accumulate;
+};
+
+// Rows on their way to int8.
+struct QuantRows {
+  const void* x;  // fp32 or bf16
+  bool x_bf16;
+  int64_t ldx, k;        // elements
+  int64_t group;         // of the weight
+  const int32_t* order;  // [k]: number j of a row is x[order[j]]; null: x[j]
 };
 
 struct NormArgs {
@@ -149,9 +161,9 @@ struct Kernels {
   void (*gemm_bf16)(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
   int64_t (*gemm_sums)(int64_t rows, int64_t panels, int64_t k);  // of the rows and panels of one gemm_bf16()
 
-  // The same three for grouped weights; x is bf16 or fp32.
+  // The same three for grouped weights.
   int64_t (*prepared_i8_bytes)(int64_t k);
-  void (*prepare_i8)(const void* x, bool x_bf16, int64_t ldx, int64_t begin, int64_t end, int64_t k, void* prepared);
+  void (*prepare_i8)(const QuantRows& rows, int64_t begin, int64_t end, void* prepared);
   void (*gemm_quant)(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
   // gemm_quant() without the instructions that only some machines of this level have.
   void (*gemm_quant_plain)(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);

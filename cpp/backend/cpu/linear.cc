@@ -221,7 +221,7 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& 
   if (m == 0) return;
   const auto rows_of = [m](std::int64_t block) { return std::min(m, (block + 1) * kRowBlock); };
 
-  if (const auto* quant = dynamic_cast<const QuantWeight*>(&w)) {
+  if (const QuantWeight* quant = w.quant()) {
     const GroupFormat& f = quant->format();
     const QuantArgs g{.a = nullptr,
                       .w = w.panel(0),
@@ -229,6 +229,7 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& 
                       .n = w.rows(),
                       .k = k,
                       .bits = f.bits,
+                      .group = f.size,
                       .offsets = f.offsets,
                       .zero = f.zero,
                       .bias = bias,
@@ -236,12 +237,12 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& 
                       .ldo = out.stride[0],
                       .out_bf16 = is_bf16(out.dtype),
                       .accumulate = accumulate};
+    const QuantRows rows{
+        .x = x.data, .x_bf16 = is_bf16(x.dtype), .ldx = x.stride[0], .k = k, .group = f.size, .order = quant->order()};
     const std::int64_t block_bytes = kernels_.prepared_i8_bytes(k);
     multiply(
         m, w.panels(), block_bytes, ProductCut{group_of(block_bytes), 8, no_sums},
-        [&](std::int64_t block, void* area) {
-          kernels_.prepare_i8(x.data, is_bf16(x.dtype), x.stride[0], block * kRowBlock, rows_of(block), k, area);
-        },
+        [&](std::int64_t block, void* area) { kernels_.prepare_i8(rows, block * kRowBlock, rows_of(block), area); },
         [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float*) {
           QuantArgs mine = g;
           mine.a = area;

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "fastllm/error.h"
@@ -18,16 +20,19 @@ namespace {
 static_assert(kGroup == fastllm::kGroup);
 constexpr std::int64_t kTile = 16;  // columns
 
-using Group = std::array<float, kGroup>;
+// The numbers of a group and a code for each, as floats.
+using Numbers = std::span<const float>;
+using Chosen = std::span<float>;
+using Group = std::array<float, kSpan>;  // room for the largest
 
-std::int64_t groups_of(std::int64_t cols) { return (cols + kGroup - 1) / kGroup; }
-std::int64_t code_bytes(const GroupFormat& f) { return quant_code_bytes(f.bits); }
-std::int64_t block_bytes(const GroupFormat& f) { return quant_block_bytes(f.bits, f.offsets); }
+std::int64_t groups_of(const GroupFormat& f, std::int64_t cols) { return (cols + f.size - 1) / f.size; }
+std::int64_t code_bytes(const GroupFormat& f) { return quant_code_bytes(f.bits, f.size); }
+std::int64_t block_bytes(const GroupFormat& f) { return quant_block_bytes(f.bits, f.size, f.offsets); }
 
 // Where a block has the code of a column and a k; 4-bit codes of odd quads are in the high halves.
-std::int64_t code_at(int bits, std::int64_t column, std::int64_t k) {
-  const std::int64_t tile = column / kTile, quad = bits == 8 ? k / 4 : k / 8;
-  return (tile * kGroup * bits / 32 + quad) * kTile * 4 + column % kTile * 4 + k % 4;
+std::int64_t code_at(const GroupFormat& f, std::int64_t column, std::int64_t k) {
+  const std::int64_t tile = column / kTile, quad = f.bits == 8 ? k / 4 : k / 8;
+  return (tile * f.size * f.bits / 32 + quad) * kTile * 4 + column % kTile * 4 + k % 4;
 }
 bool in_high_half(int bits, std::int64_t k) { return bits == 4 && k / 4 % 2 == 1; }
 
@@ -50,7 +55,7 @@ struct Line {
 };
 
 // Codes, as floats, for x on a line, and the squared error that is left.
-float place(const Group& x, Line line, float top, Group& codes) {
+float place(Numbers x, Line line, float top, Chosen codes) {
   const float inverse = line.scale > 0 ? 1 / line.scale : 0.0f;
   float error = 0;
   for (std::size_t i = 0; i < x.size(); ++i) {
@@ -62,13 +67,13 @@ float place(const Group& x, Line line, float top, Group& codes) {
 }
 
 // The line with the least squared error for given codes.
-Line fit(const Group& x, const Group& codes) {
+Line fit(Numbers x, Numbers codes) {
   float sum_u = 0, sum_uu = 0, sum_x = 0, sum_ux = 0;
   for (std::size_t i = 0; i < x.size(); ++i) {
     sum_u += codes[i], sum_uu += codes[i] * codes[i];
     sum_x += x[i], sum_ux += codes[i] * x[i];
   }
-  constexpr float n = kGroup;
+  const auto n = static_cast<float>(x.size());
   const float spread = n * sum_uu - sum_u * sum_u;
   if (!(spread > 0)) return {0, sum_x / n};
   const float scale = (n * sum_ux - sum_u * sum_x) / spread;
@@ -78,23 +83,26 @@ Line fit(const Group& x, const Group& codes) {
 Line rounded(Line line) { return {round_to_half(line.scale), round_to_half(line.offset)}; }
 
 // Spans that cut a little off both ends, each with the line that suits its codes best.
-Line choose_line(const Group& x, int bits, Group& codes) {
+Line choose_line(Numbers x, int bits, Chosen codes) {
   const auto [low, high] = std::minmax_element(x.begin(), x.end());
   const float top = static_cast<float>((1 << bits) - 1), span = *high - *low;
   Line best = rounded({span / top, *low});
   float least = place(x, best, top, codes);
   if (bits > 4) return best;
   for (const float cut : {0.0f, 0.03f, 0.06f, 0.1f, 0.15f}) {
-    Group tried;
+    Group room;
+    const Chosen tried = Chosen(room).first(x.size());
     place(x, {span * (1 - 2 * cut) / top, *low + cut * span}, top, tried);
     const Line line = rounded(fit(x, tried));
     const float error = place(x, line, top, tried);
-    if (error < least) least = error, best = line, codes = tried;
+    if (error >= least) continue;
+    least = error, best = line;
+    std::ranges::copy(tried, codes.begin());
   }
   return best;
 }
 
-float choose_scale(const Group& x, const GroupFormat& f, Group& codes) {
+float choose_scale(Numbers x, const GroupFormat& f, Chosen codes) {
   float most = 0;
   for (const float v : x) most = std::max(most, std::abs(v));
   const int top = (1 << f.bits) - 1;
@@ -109,7 +117,7 @@ float choose_scale(const Group& x, const GroupFormat& f, Group& codes) {
 struct CodeRows {
   explicit CodeRows(const HostMatrix& m)
       : cols(m.cols),
-        groups(groups_of(m.cols)),
+        groups(groups_of(m.groups, m.cols)),
         codes(static_cast<std::size_t>(kPanel * cols)),
         scales(static_cast<std::size_t>(kPanel * groups)),
         offsets(m.groups.offsets ? scales.size() : 0),
@@ -130,9 +138,10 @@ struct CodeRows {
     for (std::int64_t g = 0; g < groups; ++g) {
       std::byte* block = panel + g * block_bytes(f);
       for (std::int64_t r = 0; r < n; ++r) {
-        std::array<std::uint8_t, kGroup> group{};
-        std::copy_n(codes.data() + r * cols + g * kGroup, std::min(kGroup, cols - g * kGroup), group.begin());
-        for (std::size_t k = 0; k < group.size(); k += 4) put_quad(f.bits, r, k, group.data() + k, block);
+        std::array<std::uint8_t, kSpan> group{};
+        const std::int64_t begin = g * f.size;
+        std::copy_n(codes.data() + r * cols + begin, std::min<std::int64_t>(f.size, cols - begin), group.begin());
+        for (std::int64_t k = 0; k < f.size; k += 4) put_quad(f, r, k, group.data() + k, block);
         put(block + code_bytes(f) + r * 2, scales[static_cast<std::size_t>(r * groups + g)]);
         if (f.offsets) put(block + code_bytes(f) + (kPanel + r) * 2, offsets[static_cast<std::size_t>(r * groups + g)]);
       }
@@ -149,43 +158,48 @@ struct CodeRows {
     const f16 half = to_f16(x);
     std::memcpy(to, &half, sizeof half);
   }
-  static void put_quad(int bits, std::int64_t column, std::size_t k, const std::uint8_t* quad, std::byte* block) {
-    const auto first = static_cast<std::int64_t>(k);
-    std::byte* to = block + code_at(bits, column, first);
-    const int shift = in_high_half(bits, first) ? 4 : 0;
+  static void put_quad(const GroupFormat& f, std::int64_t column, std::int64_t k, const std::uint8_t* quad,
+                       std::byte* block) {
+    std::byte* to = block + code_at(f, column, k);
+    const int shift = in_high_half(f.bits, k) ? 4 : 0;
     for (int i = 0; i < 4; ++i) to[i] |= static_cast<std::byte>(quad[i] << shift);
   }
 };
 
 }  // namespace
 
-QuantWeight::QuantWeight(std::int64_t rows, std::int64_t cols, const GroupFormat& format)
-    : CpuWeight(rows, cols, groups_of(cols) * block_bytes(format)), format_(format) {
+QuantWeight::QuantWeight(std::int64_t rows, std::int64_t cols, const GroupFormat& format, ColumnOrder order)
+    : CpuWeight(rows, cols, groups_of(format, cols) * block_bytes(format)), format_(format), order_(std::move(order)) {
   assert(format.bits == 4 || format.bits == 8);
+  assert(format.size == 32 || format.size == 64 || format.size == 128);
+  assert(!order_ || static_cast<std::int64_t>(order_->size()) == cols);
 }
 
 void QuantWeight::read_row(std::int64_t row, float scale, float* out) const {
   const std::int64_t column = row % kPanel;
   const std::byte* block = panel(row / kPanel);
-  for (std::int64_t begin = 0; begin < cols(); begin += kGroup, block += block_bytes(format_)) {
+  for (std::int64_t begin = 0; begin < cols(); begin += format_.size, block += block_bytes(format_)) {
     const std::byte* halves = block + code_bytes(format_) + column * 2;
     const float step = to_float(load_half(halves));
     const float offset = format_.offsets ? to_float(load_half(halves + kPanel * 2)) : 0.0f;
-    const std::int64_t width = std::min(kGroup, cols() - begin);
+    const std::int64_t width = std::min<std::int64_t>(format_.size, cols() - begin);
     for (std::int64_t k = 0; k < width; ++k) {
-      const int byte = std::to_integer<int>(block[code_at(format_.bits, column, k)]);
+      const int byte = std::to_integer<int>(block[code_at(format_, column, k)]);
       const int code = format_.bits == 8 ? byte : in_high_half(format_.bits, k) ? byte >> 4 : byte & 15;
-      out[begin + k] = scale * (step * static_cast<float>(code - format_.zero) + offset);
+      const std::int64_t at = order_ ? (*order_)[static_cast<std::size_t>(begin + k)] : begin + k;
+      out[at] = scale * (step * static_cast<float>(code - format_.zero) + offset);
     }
   }
 }
 
 void choose_codes(const GroupFormat& format, const float* x, std::int64_t n, std::uint8_t* codes, float* scales,
                   float* offsets) {
-  for (std::int64_t begin = 0, g = 0; begin < n; begin += kGroup, ++g) {
-    const auto width = static_cast<std::size_t>(std::min(kGroup, n - begin));
+  const auto size = static_cast<std::size_t>(format.size);
+  Group room, chosen_room;
+  const Chosen group = Chosen(room).first(size), chosen = Chosen(chosen_room).first(size);
+  for (std::int64_t begin = 0, g = 0; begin < n; begin += format.size, ++g) {
+    const auto width = static_cast<std::size_t>(std::min<std::int64_t>(format.size, n - begin));
     // A shorter last group repeats its last number, which changes neither its ends nor its magnitude.
-    Group group, chosen;
     std::copy_n(x + begin, width, group.begin());
     std::fill(group.begin() + static_cast<std::ptrdiff_t>(width), group.end(), group[width - 1]);
     if (format.offsets) {
@@ -204,7 +218,8 @@ void choose_codes(const GroupFormat& format, const float* x, std::int64_t n, std
 }
 
 std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, ThreadPool& pool) {
-  auto packed = std::make_unique<QuantWeight>(weight.rows, weight.cols, weight.groups);
+  const ColumnOrder order = weight.read_groups ? weight.order : nullptr;
+  auto packed = std::make_unique<QuantWeight>(weight.rows, weight.cols, weight.groups, order);
   const std::int64_t panels = packed->panels(), threads = pool.size();
   std::exception_ptr failure;
   std::mutex failed;

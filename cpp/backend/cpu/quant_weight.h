@@ -3,20 +3,27 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "backend/cpu/weight.h"
 #include "base/thread_pool.h"
 
 namespace fastllm::cpu {
 
+// Packed column j is column order[j] of the weight; null: as they are.
+using ColumnOrder = std::shared_ptr<const std::vector<std::int32_t>>;
+
 class QuantWeight final : public CpuWeight {
  public:
-  QuantWeight(std::int64_t rows, std::int64_t cols, const GroupFormat& format);
+  QuantWeight(std::int64_t rows, std::int64_t cols, const GroupFormat& format, ColumnOrder order);
+  const QuantWeight* quant() const override { return this; }
   const GroupFormat& format() const { return format_; }
+  const std::int32_t* order() const { return order_ ? order_->data() : nullptr; }
   void read_row(std::int64_t row, float scale, float* out) const override;
 
  private:
   GroupFormat format_;
+  ColumnOrder order_;
 };
 
 // Packs a matrix as weight.groups says. Every thread writes the panels that it reads later when few rows are
@@ -26,7 +33,7 @@ std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, ThreadPool& p
 
 // Codes for x[0, n): symmetric ones reach the largest magnitude of each group, those with offsets span from its
 // smallest to its largest number; of 4 bits, several spans are tried and the one with the least squared error is taken.
-// codes: [n]; scales, offsets: [ceil(n / kGroup)], numbers of fp16; offsets null without.
+// codes: [n]; scales, offsets: [ceil(n / format.size)], numbers of fp16; offsets null without.
 void choose_codes(const GroupFormat& format, const float* x, std::int64_t n, std::uint8_t* codes, float* scales,
                   float* offsets);
 

@@ -11,6 +11,8 @@
 
 namespace fastllm::cpu {
 
+class QuantWeight;
+
 class CpuWeight : public PackedWeight {
  public:
   std::int64_t rows() const override { return rows_; }
@@ -19,6 +21,8 @@ class CpuWeight : public PackedWeight {
   std::int64_t panels() const { return (rows_ + kPanel - 1) / kPanel; }
   std::byte* panel(std::int64_t p) const { return static_cast<std::byte*>(pages_.data()) + p * panel_bytes_; }
 
+  // This weight where it is in groups of codes, else null.
+  virtual const QuantWeight* quant() const { return nullptr; }
   // out[k] = scale * w[row][k]
   virtual void read_row(std::int64_t row, float scale, float* out) const = 0;
 

@@ -7,17 +7,20 @@
 namespace fastllm::test {
 namespace {
 
-using cpu::kGroup;
 using cpu::kPanel;
 using cpu::kRowBlock;
+using cpu::kSpan;
 
-struct Format {
-  int bits;
-  bool offsets;
-  int zero;
-};
-constexpr Format kFormats[] = {{8, false, 128}, {8, true, 0},    {4, false, 8},
-                               {4, true, 0},    {8, false, 100}, {4, false, 0}};
+std::vector<GroupFormat> formats() {
+  std::vector<GroupFormat> all;
+  for (const int size : {32, 64, 128}) {
+    for (const GroupFormat& f : {GroupFormat{8, false, 128}, {8, true, 0}, {4, false, 8}, {4, true, 0}})
+      all.push_back({f.bits, f.offsets, f.zero, size});
+  }
+  all.push_back({8, false, 100, 32});  // codes that do not fit signed bytes
+  all.push_back({4, false, 0, 128});
+  return all;
+}
 
 float from_half(std::uint16_t h) {
   const int exponent = h >> 10 & 31, mantissa = h & 1023;
@@ -28,8 +31,8 @@ float from_half(std::uint16_t h) {
 
 // Codes, scales and offsets of one weight, as they are and packed.
 struct Weight {
-  Weight(Random& random, Format f, std::int64_t n, std::int64_t k)
-      : format(f), n(n), k(k), groups((k + kGroup - 1) / kGroup) {
+  Weight(Random& random, const GroupFormat& f, std::int64_t n, std::int64_t k)
+      : format(f), n(n), k(k), groups((k + f.size - 1) / f.size) {
     for (std::int64_t i = 0; i < n * k; ++i) codes.push_back(static_cast<std::uint8_t>(random.below(1 << f.bits)));
     // Zero and subnormal ones too.
     const auto half = [&] {
@@ -47,7 +50,7 @@ struct Weight {
   }
   std::int64_t panels() const { return (n + kPanel - 1) / kPanel; }
 
-  Format format;
+  GroupFormat format;
   std::int64_t n, k, groups;
   std::vector<std::uint8_t> codes;             // [n, k]
   std::vector<std::uint16_t> scales, offsets;  // [n, groups]
@@ -55,20 +58,20 @@ struct Weight {
 
  private:
   void pack() {
-    const std::int64_t block = cpu::quant_block_bytes(format.bits, format.offsets);
-    const std::int64_t code_bytes = cpu::quant_code_bytes(format.bits);
+    const std::int64_t block = cpu::quant_block_bytes(format.bits, format.size, format.offsets);
+    const std::int64_t code_bytes = cpu::quant_code_bytes(format.bits, format.size);
     packed.resize(static_cast<std::size_t>(panels() * groups * block));
     for (std::int64_t row = 0; row < n; ++row) {
       for (std::int64_t g = 0; g < groups; ++g) {
         std::uint8_t* at = packed.data() + (row / kPanel * groups + g) * block;
         const std::int64_t column = row % kPanel, in_tile = column % 16 * 4;
-        for (std::int64_t i = 0; i < kGroup && g * kGroup + i < k; ++i) {
+        for (std::int64_t i = 0; i < format.size && g * format.size + i < k; ++i) {
           const std::int64_t quad = i / 4, byte = in_tile + i % 4;
-          const auto c = static_cast<unsigned>(code(row, g * kGroup + i));
+          const auto c = static_cast<unsigned>(code(row, g * format.size + i));
           if (format.bits == 8) {
-            at[column / 16 * 512 + quad * 64 + byte] = static_cast<std::uint8_t>(c);
+            at[column / 16 * code_bytes / 2 + quad * 64 + byte] = static_cast<std::uint8_t>(c);
           } else {
-            std::uint8_t& both = at[column / 16 * 256 + quad / 2 * 64 + byte];
+            std::uint8_t& both = at[column / 16 * code_bytes / 2 + quad / 2 * 64 + byte];
             both = static_cast<std::uint8_t>(both | c << (quad % 2 * 4));
           }
         }
@@ -83,23 +86,23 @@ struct Weight {
 // The definition.
 float product(const Weight& w, const Array& x, std::int64_t m, std::int64_t n) {
   float acc = 0;
-  for (std::int64_t g = 0; g < w.groups; ++g) {
-    const std::int64_t begin = g * kGroup, end = std::min(begin + kGroup, w.k);
-    float absmax = 0;
-    for (std::int64_t k = begin; k < end; ++k) absmax = std::max(absmax, std::abs(x.get(m, k)));
-    const float xs = absmax / 127.0f;
-    int s = 0, isum = 0;
-    for (std::int64_t k = begin; k < end; ++k) {
-      const float q = xs > 0 ? std::clamp(std::nearbyint(x.get(m, k) / xs), -127.0f, 127.0f) : 0.0f;
-      s += static_cast<int>(q);
-      isum += w.code(n, k) * static_cast<int>(q);
+  for (std::int64_t first = 0; first < w.k; first += kSpan) {
+    const std::int64_t last = std::min(first + kSpan, w.k);
+    float absmax = 0, part = 0;
+    for (std::int64_t k = first; k < last; ++k) absmax = std::max(absmax, std::abs(x.get(m, k)));
+    const float inverse = absmax > 1e-36f ? 127.0f / absmax : 0.0f;
+    for (std::int64_t begin = first; begin < last; begin += w.format.size) {
+      const std::int64_t g = begin / w.format.size;
+      int s = 0, isum = 0;
+      for (std::int64_t k = begin; k < std::min(begin + w.format.size, last); ++k) {
+        const int q = static_cast<int>(std::nearbyint(double{x.get(m, k)} * double{inverse}));
+        s += q;
+        isum += w.code(n, k) * q;
+      }
+      part = std::fma(w.scale(n, g), static_cast<float>(isum - w.format.zero * s), part);
+      if (w.format.offsets) part = std::fma(w.offset(n, g), static_cast<float>(s), part);
     }
-    if (w.format.offsets) {
-      acc = std::fma(w.scale(n, g), xs * static_cast<float>(isum), acc);
-      acc = std::fma(w.offset(n, g), xs * static_cast<float>(s), acc);
-    } else {
-      acc = std::fma(w.scale(n, g), xs * static_cast<float>(isum - w.format.zero * s), acc);
-    }
+    acc = std::fma(absmax / 127.0f, part, acc);
   }
   return acc;
 }
@@ -108,19 +111,24 @@ using Gemm = decltype(cpu::Kernels::gemm_quant);
 
 // out = x w^T in as many calls as `panel_step` asks for.
 void multiply(const cpu::Kernels& kernels, Gemm gemm, const Weight& w, const Tensor& x, const Tensor& out,
-              const float* bias, bool accumulate, std::int64_t panel_step) {
+              const float* bias, bool accumulate, std::int64_t panel_step, const std::int32_t* order = nullptr) {
   const std::int64_t m = x.rows(), blocks = (m + kRowBlock - 1) / kRowBlock;
   std::vector<std::byte> prepared(static_cast<std::size_t>(kernels.prepared_i8_bytes(w.k) * blocks), std::byte{0xff});
-  for (std::int64_t b = 0; b < blocks; ++b) {
-    kernels.prepare_i8(x.data, x.dtype == DType::BF16, x.stride[0], b * kRowBlock, std::min(m, (b + 1) * kRowBlock),
-                       w.k, prepared.data());
-  }
+  const cpu::QuantRows rows{.x = x.data,
+                            .x_bf16 = x.dtype == DType::BF16,
+                            .ldx = x.stride[0],
+                            .k = w.k,
+                            .group = w.format.size,
+                            .order = order};
+  for (std::int64_t b = 0; b < blocks; ++b)
+    kernels.prepare_i8(rows, b * kRowBlock, std::min(m, (b + 1) * kRowBlock), prepared.data());
   const cpu::QuantArgs g{.a = prepared.data(),
                          .w = w.packed.data(),
                          .m = m,
                          .n = w.n,
                          .k = w.k,
                          .bits = w.format.bits,
+                         .group = w.format.size,
                          .offsets = w.format.offsets,
                          .zero = w.format.zero,
                          .bias = bias,
@@ -145,13 +153,13 @@ TEST_P(QuantKernels, give_the_bits_of_the_definition) {
   const struct {
     std::int64_t m, n, k;
   } shapes[] = {{1, 1, 1},    {1, 96, 64},  {2, 33, 31},  {3, 40, 200}, {4, 64, 96},   {5, 100, 70},
-                {8, 31, 500}, {16, 64, 96}, {17, 31, 65}, {33, 40, 33}, {64, 97, 128}, {70, 70, 100}};
-  for (const Format& f : kFormats) {
+                {8, 31, 500}, {16, 64, 96}, {17, 31, 65}, {33, 40, 33}, {64, 97, 256}, {70, 70, 100}};
+  for (const GroupFormat& f : formats()) {
     for (const auto& s : shapes) {
       const Weight w(random, f, s.n, s.k);
       for (const DType in : {DType::F32, DType::BF16}) {
         Array x = Array(in, s.m, s.k).fill(random);
-        for (std::int64_t k = 0; k < std::min(s.k, kGroup); ++k) x.set(s.m - 1, k, 0.0f);
+        for (std::int64_t k = 0; k < std::min(s.k, kSpan); ++k) x.set(s.m - 1, k, 0.0f);
         std::vector<float> bias;
         for (std::int64_t i = 0; i < s.n; ++i) bias.push_back(random.normal());
         std::vector<float> sums;
@@ -160,9 +168,9 @@ TEST_P(QuantKernels, give_the_bits_of_the_definition) {
         for (const int mode : {0, 1, 2, 3}) {
           const DType type = mode % 2 == 0 ? DType::F32 : DType::BF16;
           const bool add = mode >= 2;
-          SCOPED_TRACE(testing::Message() << "bits " << f.bits << " offsets " << f.offsets << " zero " << f.zero
-                                          << " m " << s.m << " n " << s.n << " k " << s.k << " " << name_of(in)
-                                          << " -> " << name_of(type) << " bias and accumulate " << add);
+          SCOPED_TRACE(testing::Message() << "bits " << f.bits << " size " << f.size << " offsets " << f.offsets
+                                          << " zero " << f.zero << " m " << s.m << " n " << s.n << " k " << s.k << " "
+                                          << name_of(in) << " -> " << name_of(type) << " bias and accumulate " << add);
           Array before(type, s.m, s.n + 3);
           if (add) before.fill(random);
           Array want = before;
@@ -187,7 +195,7 @@ TEST_P(QuantKernels, give_the_bits_of_the_definition) {
 
 TEST_P(QuantKernels, a_row_alone_equals_the_row_in_any_batch) {
   const std::int64_t n = 70, k = 200, most = 70;
-  for (const Format& f : kFormats) {
+  for (const GroupFormat& f : formats()) {
     const Weight w(random, f, n, k);
     const Array x = Array(DType::BF16, most, k).fill(random);
     for (const Gemm gemm : gemms()) {
@@ -207,9 +215,32 @@ TEST_P(QuantKernels, a_row_alone_equals_the_row_in_any_batch) {
   }
 }
 
+TEST_P(QuantKernels, columns_in_another_order_are_those_columns) {
+  const std::int64_t m = 21, n = 40, k = 200;
+  std::vector<std::int32_t> order(k);
+  for (std::int32_t j = 0; j < k; ++j) order[static_cast<std::size_t>(j)] = j;
+  for (std::size_t j = order.size(); j > 1; --j)
+    std::swap(order[j - 1], order[static_cast<std::size_t>(random.below(static_cast<int>(j)))]);
+  for (const GroupFormat& f : formats()) {
+    const Weight w(random, f, n, k);
+    for (const DType type : {DType::F32, DType::BF16}) {
+      const Array x = Array(type, m, k).fill(random);
+      Array sorted(type, m, k);
+      for (std::int64_t r = 0; r < m; ++r)
+        for (std::int64_t j = 0; j < k; ++j) sorted.set(r, j, x.get(r, order[static_cast<std::size_t>(j)]));
+      for (const Gemm gemm : gemms()) {
+        Array out(DType::F32, m, n), want(DType::F32, m, n);
+        multiply(kernels, gemm, w, x.tensor(), out.tensor(), nullptr, false, 2, order.data());
+        multiply(kernels, gemm, w, sorted.tensor(), want.tensor(), nullptr, false, 2);
+        for (std::int64_t r = 0; r < m; ++r) ASSERT_TRUE(out.same_row(r, want, r)) << "row " << r;
+      }
+    }
+  }
+}
+
 // Steps that are subnormal or zero, and values at both ends of the range.
 TEST_P(QuantKernels, keep_the_definition_for_extreme_activations) {
-  for (const Format& f : kFormats) {
+  for (const GroupFormat& f : formats()) {
     const Weight w(random, f, 40, 64);
     for (const float size : {1e-44f, 3e-44f, 2e-43f, 1e-40f, 1e-37f, 1e35f}) {
       const Array x = Array(DType::F32, 6, 64).fill(random, size);
@@ -224,7 +255,7 @@ TEST_P(QuantKernels, keep_the_definition_for_extreme_activations) {
 }
 
 TEST_P(QuantKernels, a_row_that_is_not_finite_stays_so_and_alone) {
-  for (const Format& f : kFormats) {
+  for (const GroupFormat& f : formats()) {
     const Weight w(random, f, 40, 64);
     for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
       Array x = Array(DType::F32, 7, 64).fill(random);

@@ -10,16 +10,19 @@
 namespace fastllm::test {
 namespace {
 
-constexpr GroupFormat kFormats[] = {{8, false, 128}, {8, false, 16}, {4, false, 8}, {8, true, 0}, {4, true, 0}};
+constexpr GroupFormat kFormats[] = {{8, false, 128},      {8, false, 16},      {4, false, 8},      {8, true, 0},
+                                    {4, true, 0},         {8, false, 128, 64}, {4, true, 0, 64},   {4, false, 8, 64},
+                                    {8, false, 128, 128}, {8, true, 0, 128},   {4, false, 8, 128}, {4, true, 0, 128}};
 
 std::string text_of(const GroupFormat& f) {
-  return std::to_string(f.bits) + " bits, " + (f.offsets ? "offsets" : "zero " + std::to_string(f.zero));
+  return std::to_string(f.bits) + " bits, groups of " + std::to_string(f.size) + ", " +
+         (f.offsets ? "offsets" : "zero " + std::to_string(f.zero));
 }
 
 // Random codes, and the numbers they stand for.
 struct Codes {
   Codes(const GroupFormat& f, std::int64_t n, std::int64_t k, Random& random)
-      : format(f), rows(n), cols(k), groups((k + kGroup - 1) / kGroup) {
+      : format(f), rows(n), cols(k), groups((k + f.size - 1) / f.size) {
     for (std::int64_t i = 0; i < rows * cols; ++i)
       codes.push_back(static_cast<std::uint8_t>(random.below(1 << format.bits)));
     for (std::int64_t i = 0; i < rows * groups; ++i) {
@@ -27,8 +30,9 @@ struct Codes {
       offsets.push_back(format.offsets ? to_float(to_f16(random.normal(0.1f))) : 0.0f);
     }
   }
+  // Of a column as read_groups() gives it.
   float number(std::int64_t r, std::int64_t c) const {
-    const auto g = static_cast<std::size_t>(r * groups + c / kGroup);
+    const auto g = static_cast<std::size_t>(r * groups + c / format.size);
     const int code = codes[static_cast<std::size_t>(r * cols + c)];
     return scales[g] * static_cast<float>(code - format.zero) + offsets[g];
   }
@@ -54,19 +58,19 @@ struct Codes {
 // What prepare_i8() makes of a row: x is about step * value.
 struct QuantRow {
   std::vector<int> values;
-  std::vector<float> steps;  // by group
+  std::vector<float> steps;  // by span
 };
 
 QuantRow quantise_row(const Array& x, std::int64_t r) {
   QuantRow q;
-  for (std::int64_t begin = 0; begin < x.cols(); begin += kGroup) {
-    const std::int64_t end = std::min(begin + kGroup, x.cols());
+  for (std::int64_t begin = 0; begin < x.cols(); begin += cpu::kSpan) {
+    const std::int64_t end = std::min(begin + cpu::kSpan, x.cols());
     float most = 0;
     for (std::int64_t k = begin; k < end; ++k) most = std::max(most, std::abs(x.get(r, k)));
-    const float step = most / 127;
-    q.steps.push_back(step);
+    const double inverse = most > 0 ? 127.0f / most : 0.0f;
+    q.steps.push_back(most / 127);
     for (std::int64_t k = begin; k < end; ++k)
-      q.values.push_back(step > 0 ? static_cast<int>(std::nearbyint(x.get(r, k) / step)) : 0);
+      q.values.push_back(static_cast<int>(std::nearbyint(x.get(r, k) * inverse)));
   }
   return q;
 }
@@ -91,7 +95,7 @@ class QuantWeights : public OpTest {
       for (std::int64_t n = 0; n < w.rows; ++n) {
         double want = accumulate ? before.get(r, n) : 0.0, magnitude = std::abs(want);
         for (std::int64_t k = 0; k < w.cols; ++k) {
-          const double step = q.steps[static_cast<std::size_t>(k / kGroup)];
+          const double step = q.steps[static_cast<std::size_t>(k / cpu::kSpan)];
           const double product = step * q.values[static_cast<std::size_t>(k)] * w.number(n, k);
           want += product, magnitude += std::abs(product);
         }
@@ -174,6 +178,45 @@ TEST_P(QuantWeights, embeds_rows_of_a_table_in_groups) {
   }
 }
 
+// A checkpoint that sorted columns: the product is that of the weight with its columns where they belong.
+TEST_P(QuantWeights, sorted_columns_meet_the_activations_they_belong_to) {
+  const std::int64_t m = 9, n = 50, k = 300;
+  auto order = std::make_shared<std::vector<std::int32_t>>();
+  for (std::int32_t j = 0; j < k; ++j) order->push_back(j);
+  for (std::size_t j = order->size(); j > 1; --j)
+    std::swap((*order)[j - 1], (*order)[static_cast<std::size_t>(random.below(static_cast<int>(j)))]);
+  const auto base = make_cpu_backend(2, "base");
+  for (const GroupFormat& f : kFormats) {
+    const Codes w(f, n, k, random);
+    HostMatrix sorted = w.matrix();
+    sorted.order = order;
+    const auto packed = backend->pack(sorted, DType::BF16);
+    const Array x = Array(DType::BF16, m, k).fill(random);
+    Array out(DType::F32, m, n), theirs(DType::F32, m, n), alone(DType::F32, 1, n);
+    backend->linear(out.tensor(), x.tensor(), *packed, nullptr, false);
+    base->linear(theirs.tensor(), x.tensor(), *base->pack(sorted, DType::BF16), nullptr, false);
+    for (std::int64_t r = 0; r < m; ++r) {
+      backend->linear(alone.tensor(), x.tensor().slice(r, 1), *packed, nullptr, false);
+      ASSERT_TRUE(out.same_row(r, alone, 0) && out.same_row(r, theirs, r)) << text_of(f) << " row " << r;
+      for (std::int64_t c = 0; c < n; ++c) {
+        double want = 0, bound = 1e-6;
+        for (std::int64_t j = 0; j < k; ++j) {
+          const double number = w.number(c, j);
+          want += number * x.get(r, (*order)[static_cast<std::size_t>(j)]);
+          bound += std::abs(number) * 5.0 / 254;  // half a step of numbers below 5
+        }
+        ASSERT_NEAR(out.get(r, c), want, bound) << text_of(f);
+      }
+    }
+    init_steps(*backend, 16);
+    const StepRow row{0, 1, 0, SlotId{0}, false};
+    Array read(DType::F32, 1, k);
+    backend->embed(read.tensor(), begin_step(*backend, {&row, 1}, {}, {n - 1}), *packed, 0, 1.0f);
+    for (std::int64_t j = 0; j < k; ++j)
+      EXPECT_EQ(read.get(0, (*order)[static_cast<std::size_t>(j)]), w.number(n - 1, j)) << text_of(f);
+  }
+}
+
 TEST_P(QuantWeights, numbers_are_quantised_when_there_are_no_codes) {
   const Array numbers = Array(DType::F32, 40, 100).fill(random);
   HostMatrix m = host_matrix(numbers);
@@ -214,14 +257,15 @@ FASTLLM_TEST_ALL_ISAS(QuantWeights);
 
 // Squared error over the squared numbers.
 double relative_error(const GroupFormat& f, const std::vector<float>& x) {
-  const std::size_t groups = (x.size() + kGroup - 1) / kGroup;
+  const auto size = static_cast<std::size_t>(f.size);
+  const std::size_t groups = (x.size() + size - 1) / size;
   std::vector<std::uint8_t> codes(x.size());
   std::vector<float> scales(groups), offsets(groups);
   cpu::choose_codes(f, x.data(), static_cast<std::int64_t>(x.size()), codes.data(), scales.data(),
                     f.offsets ? offsets.data() : nullptr);
   double error = 0, all = 0;
   for (std::size_t i = 0; i < x.size(); ++i) {
-    const std::size_t g = i / kGroup;
+    const std::size_t g = i / size;
     EXPECT_EQ(to_float(to_f16(scales[g])), scales[g]);
     EXPECT_EQ(to_float(to_f16(offsets[g])), offsets[g]);
     EXPECT_LT(codes[i], 1 << f.bits);
@@ -241,6 +285,9 @@ TEST(ChooseCodes, error_is_small_for_normal_numbers) {
   // Spanning the numbers from end to end would leave 6.5e-3.
   EXPECT_LT(relative_error({4, true, 0}, x), 6e-3);
   EXPECT_LT(relative_error({4, false, 8}, x), 2e-2);
+  EXPECT_LT(relative_error({8, false, 128, 128}, x), 5e-5);
+  EXPECT_LT(relative_error({4, true, 0, 128}, x), 1.2e-2);
+  EXPECT_LT(relative_error({4, false, 8, 64}, x), 2.5e-2);
 }
 
 TEST(ChooseCodes, numbers_on_the_grid_are_exact) {
@@ -257,10 +304,11 @@ TEST(ChooseCodes, numbers_on_the_grid_are_exact) {
 
 TEST(ChooseCodes, equal_and_tiny_numbers_keep_their_value) {
   for (const GroupFormat& f : kFormats) {
-    std::vector<float> x(32, 0.0f);
+    const auto size = static_cast<std::size_t>(f.size);
+    std::vector<float> x(size, 0.0f);
     x[0] = 1;  // so that there is something to relate to
-    x.insert(x.end(), 40, 0.5f);
-    x.insert(x.end(), 32, 1e-12f);
+    x.insert(x.end(), size + 8, 0.5f);
+    x.insert(x.end(), size, 1e-12f);
     EXPECT_LT(relative_error(f, x), f.zero == 16 ? 1e-3 : 1e-5) << text_of(f);
   }
 }

@@ -1,10 +1,12 @@
 // y = x w^T with weights that stay codes of 8 or 4 bits; kernels.h defines the sums. For up to a few rows, where the
 // time is that of reading the weights:
 //
-//   for m, n: acc = 0; for groups: acc = fma(scale[n][g], xs[m][g] * sum_k (code[n][k] - zero) * xq[m][k], acc)
+//   for m, n: acc = 0; for spans: part = 0
+//     for groups of the span: part = fma(scale[n][g], sum_k (code[n][k] - zero) * xq[m][k], part)
+//     acc = fma(xs[m][span], part, acc)
 //
-// A block of weights is read once for kQuantRows rows; codes become operands in registers. Cost: N K (bits + 0.5) / 8
-// bytes. Benchmark: fastllm_bench_ops --benchmark_filter=Quant
+// A block of weights is read once for kQuantRows rows; codes become operands in registers. Cost: N K (bits + 16 / G) /
+// 8 bytes. Benchmark: fastllm_bench_ops --benchmark_filter=Quant
 #include "backend/cpu/kernels/quant.h"
 
 #include "backend/cpu/kernels/micro.h"
@@ -22,7 +24,9 @@ constexpr int kQuantRows = 4;
 constexpr int kQuantRows = 2;
 #endif
 
-int64_t prepared_i8_bytes(int64_t k) { return kRowBlock * QuantRow::stride(groups_of(k)); }
+int64_t prepared_i8_bytes(int64_t k) {
+  return kRowBlock / kTileRows * spans_of(k) * static_cast<int64_t>(sizeof(SpanRows));
+}
 
 #if defined(__AVX2__)
 typedef __m256i Half;  // of eight lanes
@@ -79,13 +83,14 @@ inline void store_bytes(int8_t* to, vi v) {
 }
 #endif
 
-// Rounds a group of x, of which `n` exist, to codes at `to`.
+// Rounds a span of x, of which `n` exist, to row r of `to`.
 template <class T>
-inline void prepare_group(const T* x, int64_t n, int8_t* to, float* step, float* step_sum, int32_t* sum) {
+inline void prepare_span(const T* x, int64_t n, int64_t group, int64_t r, SpanRows& to) {
+  constexpr int64_t kVectors = kSpan / kW;
   const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  vf v[kGroup / kW];
+  vf v[kVectors];
   vu most{};
-  for (int64_t i = 0; i < kGroup / kW; ++i) {
+  for (int64_t i = 0; i < kVectors; ++i) {
     const int64_t left = n - i * kW;
     v[i] = left >= kW ? load(x + i * kW) : left > 0 ? load(x + i * kW, left) : vf{};
     const vu magnitude = as_bits(v[i]) & 0x7fffffffu;  // orders like |x|, NaN above all
@@ -94,95 +99,118 @@ inline void prepare_group(const T* x, int64_t n, int8_t* to, float* step, float*
   const uint32_t bits = max_lane(most);
   float absmax;
   __builtin_memcpy(&absmax, &bits, 4);
-  const float xs = absmax / 127.0f;
-  const vf divisor = set1(xs > 0 ? xs : 1.0f);
+  const vf inverse = set1(absmax > 1e-36f ? 127.0f / absmax : 0.0f);
+  to.steps[r] = absmax / 127.0f;
   vi total{};
-  for (int64_t i = 0; i < kGroup / kW; ++i) {
-    // Past 127 where xs is subnormal.
-    const vf q = min(max(v[i] / divisor, set1(-127.0f)), set1(127.0f));
-    const vi code = reinterpret_cast<vi>(as_bits(q + magic) - as_bits(magic));
+  for (int64_t i = 0; i < kVectors; ++i) {
+    const vi code = reinterpret_cast<vi>(as_bits(fused(v[i], inverse, magic)) - as_bits(magic));
     total += code;
-    store_bytes(to + i * kW, code);
-  }
-  const int32_t s = sum_lanes(total);
-  *step = xs;
-  *sum = s;
-  *step_sum = xs * static_cast<float>(s);
-}
-
-void prepare_i8(const void* x, bool x_bf16, int64_t ldx, int64_t begin, int64_t end, int64_t k, void* prepared) {
-  const int64_t groups = groups_of(k);
-  for (int64_t m = begin; m < end; ++m) {
-    char* row = static_cast<char*>(prepared) + m * QuantRow::stride(groups);
-    auto* steps = reinterpret_cast<float*>(row + groups * kGroup);
-    auto* sums = reinterpret_cast<int32_t*>(steps + 2 * groups);
-    for (int64_t g = 0; g < groups; ++g) {
-      const auto make = [&](const auto* of) {
-        prepare_group(of + m * ldx + g * kGroup, k - g * kGroup, reinterpret_cast<int8_t*>(row) + g * kGroup, steps + g,
-                      steps + groups + g, sums + g);
-      };
-      if (x_bf16) {
-        make(static_cast<const uint16_t*>(x));
-      } else {
-        make(static_cast<const float*>(x));
-      }
+    store_bytes(to.codes[r] + i * kW, code);
+    const int64_t end = (i + 1) * kW;
+    if (end % group == 0) {
+      to.sums[end / group - 1][r] = static_cast<float>(sum_lanes(total));
+      total = vi{};
     }
   }
 }
 
-// R rows from m on times panel p.
+template <class T>
+void prepare_rows(const QuantRows& rows, int64_t begin, int64_t end, SpanRows* prepared) {
+  const int64_t spans = spans_of(rows.k);
+  for (int64_t m = begin; m < end; ++m) {
+    const T* x = static_cast<const T*>(rows.x) + m * rows.ldx;
+    SpanRows* to = prepared + m / kTileRows * spans;
+    for (int64_t s = 0; s < spans; ++s) {
+      const int64_t first = s * kSpan, n = rows.k - first < kSpan ? rows.k - first : kSpan;
+      if (rows.order) {
+        T sorted[kSpan];
+        for (int64_t i = 0; i < n; ++i) sorted[i] = x[rows.order[first + i]];
+        prepare_span(sorted, n, rows.group, m % kTileRows, to[s]);
+      } else {
+        prepare_span(x + first, n, rows.group, m % kTileRows, to[s]);
+      }
+    }
+  }
+  if (end % kTileRows == 0) return;
+  SpanRows* last = prepared + end / kTileRows * spans;
+  const int64_t r = end % kTileRows;
+  const auto bytes = static_cast<size_t>(kTileRows - r) * sizeof(float);
+  for (SpanRows* to = last; to < last + spans; ++to) {
+    __builtin_memset(to->steps + r, 0, bytes);
+    for (auto& sums : to->sums) __builtin_memset(sums + r, 0, bytes);
+  }
+}
+
+void prepare_i8(const QuantRows& rows, int64_t begin, int64_t end, void* prepared) {
+  const auto prepare = rows.x_bf16 ? prepare_rows<uint16_t> : prepare_rows<float>;
+  prepare(rows, begin, end, static_cast<SpanRows*>(prepared));
+}
+
+// R rows from m on, all of one tile of rows, times panel p.
 template <class Dot, int kBits, bool kOffsets, int R>
 inline void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p) {
-  const int64_t groups = groups_of(g.k);
-  constexpr int64_t kCodes = quant_code_bytes(kBits), kBytes = quant_block_bytes(kBits, kOffsets);
-  const char* w = static_cast<const char*>(g.w) + p * groups * kBytes;
-  QuantRow row[R];
-  for (int r = 0; r < R; ++r) row[r] = row_of(g, m + r);
+  const int64_t groups = groups_of(g), per_span = kSpan / g.group, parts = g.group / kGroup;
+  const int64_t code_bytes = quant_code_bytes(kBits, g.group), bytes = quant_block_bytes(kBits, g.group, kOffsets);
+  const char* w = static_cast<const char*>(g.w) + p * groups * bytes;
+  const SpanRows* span = rows_of(g, m);
+  const int64_t row = m % kTileRows;
   vf acc[R][kVecs];
   for (auto& a : acc)
     for (vf& v : a) v = vf{};
-  for (int64_t b = 0; b < groups; ++b, w += kBytes) {
-    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(w + kQuantAhead + line, 0, 3);
-    const auto* scales = reinterpret_cast<const uint16_t*>(w + kCodes);
-    for (int first = 0; first < kVecs; first += kTogether) {
-      typename Dot::Sum sum[R][kTogether];
-      for (auto& s : sum)
-        for (auto& v : s) v = typename Dot::Sum{};
-      for (int quad = 0; quad < kGroup / 4; quad += 2) {
-        vu codes[2][kTogether];
+  for (int64_t left = groups; left > 0; left -= per_span, ++span) {
+    vf part[R][kVecs];
+    for (auto& a : part)
+      for (vf& v : a) v = vf{};
+    for (int64_t b = 0; b < (left < per_span ? left : per_span); ++b, w += bytes) {
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + kQuantAhead + line, 0, 3);
+      const auto* scales = reinterpret_cast<const uint16_t*>(w + code_bytes);
+      for (int first = 0; first < kVecs; first += kTogether) {
+        vi isum[R][kTogether];
+        for (auto& s : isum)
+          for (vi& v : s) v = vi{};
+        for (int64_t part_of = 0; part_of < parts; ++part_of) {
+          typename Dot::Sum sum[R][kTogether];
+          for (auto& s : sum)
+            for (auto& v : s) v = typename Dot::Sum{};
+          for (int quad = 0; quad < kQuads; quad += 2) {
+            vu codes[2][kTogether];
+            for (int j = 0; j < kTogether; ++j) {
+              const int col = (first + j) * kW;
+              const char* at = w + col / 16 * (code_bytes / 2) + part_of * (kQuads * 8 * kBits) + col % 16 * 4;
+              if constexpr (kBits == 8) {
+                codes[0][j] = load_u32(at + quad * 64);
+                codes[1][j] = load_u32(at + quad * 64 + 64);
+              } else {
+                const vu both = load_u32(at + quad * 32);
+                codes[0][j] = both & 0x0f0f0f0fu;
+                codes[1][j] = (both >> 4) & 0x0f0f0f0fu;
+              }
+            }
+            for (int i = 0; i < 2; ++i) {
+              for (int r = 0; r < R; ++r) {
+                const auto x = Dot::operand(span->codes[row + r] + b * g.group + part_of * kGroup + (quad + i) * 4);
+                for (int j = 0; j < kTogether; ++j) Dot::add(sum[r][j], codes[i][j], x);
+              }
+            }
+          }
+          for (int r = 0; r < R; ++r)
+            for (int j = 0; j < kTogether; ++j) isum[r][j] += Dot::total(sum[r][j]);
+        }
         for (int j = 0; j < kTogether; ++j) {
-          const int col = (first + j) * kW;
-          const char* at = w + col / 16 * (kCodes / 2) + col % 16 * 4;
-          if constexpr (kBits == 8) {
-            codes[0][j] = load_u32(at + quad * 64);
-            codes[1][j] = load_u32(at + quad * 64 + 64);
-          } else {
-            const vu both = load_u32(at + quad * 32);
-            codes[0][j] = both & 0x0f0f0f0fu;
-            codes[1][j] = (both >> 4) & 0x0f0f0f0fu;
-          }
-        }
-        for (int i = 0; i < 2; ++i) {
+          const int v = first + j;
+          const vf scale = load_half(scales + v * kW);
           for (int r = 0; r < R; ++r) {
-            const auto x = Dot::operand(row[r].codes(b) + (quad + i) * 4);
-            for (int j = 0; j < kTogether; ++j) Dot::add(sum[r][j], codes[i][j], x);
-          }
-        }
-      }
-      for (int j = 0; j < kTogether; ++j) {
-        const int v = first + j;
-        const vf scale = load_half(scales + v * kW);
-        for (int r = 0; r < R; ++r) {
-          vi isum = Dot::total(sum[r][j]);
-          if constexpr (!kOffsets) isum -= g.zero * row[r].sums()[b];
-          const vf x = set1(row[r].steps()[b]) * __builtin_convertvector(isum, vf);
-          acc[r][v] = fused(scale, x, acc[r][v]);
-          if constexpr (kOffsets) {
-            acc[r][v] = fused(load_half(scales + kPanel + v * kW), set1(row[r].step_sums()[b]), acc[r][v]);
+            const float s = span->sums[b][row + r];
+            vf x = __builtin_convertvector(isum[r][j], vf);
+            if constexpr (!kOffsets) x -= set1(static_cast<float>(g.zero) * s);  // exact: below 2^24
+            part[r][v] = fused(scale, x, part[r][v]);
+            if constexpr (kOffsets) part[r][v] = fused(load_half(scales + kPanel + v * kW), set1(s), part[r][v]);
           }
         }
       }
     }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = fused(set1(span->steps[row + r]), part[r][v], acc[r][v]);
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kVecs; ++v) finish_columns(g, m + r, p * kPanel + v * kW, acc[r][v]);

@@ -32,25 +32,23 @@ inline bool has_byte_dot() {
 }
 #endif
 
-inline int64_t groups_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kQuads = kGroup / 4;  // of four k, in the smallest group
 
-// One prepared row; rows of a block follow each other at stride(). An odd number of cache lines apart, so that the
-// rows of a tile do not meet in the same sets of the first-level cache.
-struct QuantRow {
-  const char* base;
-  int64_t groups;
+inline int64_t groups_of(const QuantArgs& g) { return (g.k + g.group - 1) / g.group; }
+inline int64_t spans_of(int64_t k) { return (k + kSpan - 1) / kSpan; }
 
-  static int64_t stride(int64_t groups) { return round_up(groups * (kGroup + 12), 64) | 64; }
-
-  const int8_t* codes(int64_t g) const { return reinterpret_cast<const int8_t*>(base) + g * kGroup; }
-  const float* steps() const { return reinterpret_cast<const float*>(base + groups * kGroup); }   // xs
-  const float* step_sums() const { return steps() + groups; }                                     // xs * float(s)
-  const int32_t* sums() const { return reinterpret_cast<const int32_t*>(step_sums() + groups); }  // s
+// Sixteen prepared rows of one span; the spans of 16 rows follow each other. Rows that do not exist have codes without
+// meaning, but steps and sums of 0.
+struct alignas(64) SpanRows {
+  int8_t codes[kTileRows][kSpan];         // xq
+  float steps[kTileRows];                 // xs
+  float sums[kSpan / kGroup][kTileRows];  // s of each group of the span
 };
 
-inline QuantRow row_of(const QuantArgs& g, int64_t m) {
-  const int64_t groups = groups_of(g.k);
-  return {static_cast<const char*>(g.a) + m * QuantRow::stride(groups), groups};
+// The first span of the 16 rows that row m is one of.
+inline const SpanRows* rows_of(const QuantArgs& g, int64_t m) {
+  return static_cast<const SpanRows*>(g.a) + m / kTileRows * spans_of(g.k);
 }
 
 inline vf load_half(const uint16_t* p) {

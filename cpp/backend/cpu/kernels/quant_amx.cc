@@ -1,18 +1,20 @@
 // The product with grouped weights on AMX tiles, for more than a few rows.
 //
-//   for m, n: acc = 0; for groups: acc = fma(scale[n][g], xs[m][g] * sum_k (code[n][k] - zero) * xq[m][k], acc)
+//   for m, n: acc = 0; for spans: part = 0
+//     for groups of the span: part = fma(scale[n][g], sum_k (code[n][k] - zero) * xq[m][k], part)
+//     acc = fma(xs[m][span], part, acc)
 //
-// A group has scales of its own, so a tile product spans K = 32 and its sums leave the tiles at once: they are stored
-// while the tiles work on the next group, and come back as vectors to be scaled. The stores bound the speed, at 17
-// cycles for a tile however few rows it has: half the rate of the dense bf16 product. So row tiles are high, though the
-// fp32 sums of 16 rows by 32 columns are a few more than the registers hold.
+// A group has scales of its own, so its sums leave the tiles at once: they are stored and come back as vectors to be
+// scaled. Both take about as long as the tile product of 32 k, 16 cycles for 16 x 16 sums, and run beside it: while the
+// vectors of a span are scaled, the tiles work on the next span, be it of the next rows.
 //
-// Weights become signed bytes and fp32 scales once for kStripRows rows, kChunk groups at a time:
+//     one span of 16 rows   | column tile 0: g0 g1 g2 g3 | column tile 1: g0 g1 g2 g3 |   steps; groups of 32
+//     tiles                 | A stays in tiles 4 to 7    |                            |   two tiles for larger groups
+//     vectors               | parts of 16 x 16 in registers, then onto the sums in memory
 //
-//     groups of a panel   | chunk | chunk | ...       for each chunk: unpack, then all row tiles of the strip
-//     rows                | 16 | 16 | ... | strip     fp32 sums rest in memory between chunks
-//
-// Cost: N K (bits + 0.5) / 8 bytes while M is small. Benchmark: fastllm_bench_ops --benchmark_filter=Quant
+// Codes become signed bytes and scales fp32 once for kStripRows rows, kChunk spans at a time; two such chunks exist,
+// that of the step and that of the tiles' next step. Cost: N K (bits + 16 / G) / 8 bytes while M is small.
+// Benchmark: fastllm_bench_ops --benchmark_filter=Quant
 #include "backend/cpu/kernels/micro.h"
 #include "backend/cpu/kernels/quant.h"
 #include "backend/cpu/kernels/tiles.h"
@@ -22,25 +24,38 @@
 namespace fastllm::cpu {
 namespace {
 
-constexpr int kTileRows = 16;
 constexpr int64_t kFewRows = 4;      // up to here vectors alone are faster
 constexpr int64_t kStripRows = 256;  // rows that share one unpacking
-constexpr int64_t kChunk = 16;       // groups unpacked together
+constexpr int64_t kChunk = 2;        // spans unpacked together
 constexpr int64_t kPanelAhead = 4 << 10;
+constexpr int64_t kTileSums = kTileRows * kW;
 
-// One group of a panel.
+// One span of a panel.
 struct alignas(64) Unpacked {
-  uint8_t codes[kGroup * kPanel];  // two B tiles; minus zero
-  float scales[kPanel], offsets[kPanel];
+  uint8_t codes[2][kSpan * kW];  // [tile][groups][quads][16 columns][4]; minus zero
+  float scales[kSpan / kGroup][kPanel], offsets[kSpan / kGroup][kPanel];
+};
+
+// Integer sums of a span: [tile][groups][16 rows][16 columns].
+struct alignas(64) Sums {
+  int32_t of[2][kSpan / kGroup][kTileSums];
+};
+
+// Sixteen rows, or what is left of them, times a chunk.
+struct Work {
+  int64_t rows;          // 0: nothing
+  const SpanRows* span;  // the first
+  const Unpacked* w;
+  int64_t spans;
+  bool first, last;  // of its rows and panel
+  int64_t m, panel;
+  float* total;  // [2 tiles][16 rows][16 columns]
 };
 
 template <int kBits>
-void unpack(const char* w, bool offsets, int zero, Unpacked& to) {
-  for (int64_t line = 0; line < quant_block_bytes(kBits, offsets); line += 64) {
-    __builtin_prefetch(w + kPanelAhead + line, 0, 3);
-  }
+void unpack_codes(const char* w, int zero, int64_t quads, uint8_t* to) {
   const __m512i minus = _mm512_set1_epi8(static_cast<char>(zero));
-  for (int64_t quad = 0; quad < 16; quad += 2) {  // of both tiles
+  for (int64_t quad = 0; quad < quads; quad += 2) {
     __m512i low, high;
     if constexpr (kBits == 8) {
       low = _mm512_loadu_si512(w + quad * 64);
@@ -50,149 +65,243 @@ void unpack(const char* w, bool offsets, int zero, Unpacked& to) {
       low = _mm512_and_si512(both, nibble);
       high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
     }
-    _mm512_store_si512(to.codes + quad * 64, _mm512_sub_epi8(low, minus));
-    _mm512_store_si512(to.codes + quad * 64 + 64, _mm512_sub_epi8(high, minus));
-  }
-  const auto* scales = reinterpret_cast<const uint16_t*>(w + quant_code_bytes(kBits));
-  for (int64_t c = 0; c < kPanel; c += kW) {
-    store(to.scales + c, load_half(scales + c));
-    if (offsets) store(to.offsets + c, load_half(scales + kPanel + c));
+    _mm512_store_si512(to + quad * 64, _mm512_sub_epi8(low, minus));
+    _mm512_store_si512(to + quad * 64 + 64, _mm512_sub_epi8(high, minus));
   }
 }
 
-// f(Rows<r>{}) for r = 0 ... R - 1. Loops over an array of sums that the compiler unrolls late leave it in memory.
+// The blocks of one span at w.
+void unpack(const QuantArgs& g, const char* w, int64_t groups, Unpacked& to) {
+  const int64_t code_bytes = quant_code_bytes(g.bits, g.group), bytes = quant_block_bytes(g.bits, g.group, g.offsets);
+  for (int64_t line = 0; line < groups * bytes; line += 64) __builtin_prefetch(w + kPanelAhead + line, 0, 3);
+  for (int64_t b = 0; b < groups; ++b, w += bytes) {
+    for (int64_t tile = 0; tile < 2; ++tile) {
+      const auto codes = g.bits == 8 ? unpack_codes<8> : unpack_codes<4>;
+      codes(w + tile * code_bytes / 2, g.zero, g.group / 4, to.codes[tile] + b * g.group * kW);
+    }
+    const auto* scales = reinterpret_cast<const uint16_t*>(w + code_bytes);
+    for (int64_t c = 0; c < kPanel; c += kW) {
+      store(to.scales[b] + c, load_half(scales + c));
+      if (g.offsets) store(to.offsets[b] + c, load_half(scales + kPanel + c));
+    }
+  }
+  for (int64_t b = groups; b < kSpan / g.group; ++b) {  // that do not exist add nothing
+    __builtin_memset(to.scales[b], 0, sizeof to.scales[b]);
+    __builtin_memset(to.offsets[b], 0, sizeof to.offsets[b]);
+  }
+}
+
 #define FASTLLM_INLINE __attribute__((always_inline))
-template <int R, class F>
-FASTLLM_INLINE inline void each_row(const F& f) {
-  if constexpr (R > 1) each_row<R - 1>(f);
-  f(Rows<R - 1>{});
+
+// Tile registers by number. GCC and clang print %c as a bare constant.
+template <int T>
+FASTLLM_INLINE inline void load_tile(const void* p, int64_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+FASTLLM_INLINE inline void store_tile(void* p) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t{64}), "i"(T) : "memory");
+}
+template <bool kSigned, int C, int A, int B>
+FASTLLM_INLINE inline void dot_tiles() {
+  if constexpr (kSigned) {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
+  } else {
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
+  }
 }
 
-// Tiles 0-3: sums of two groups of two column tiles; 4: A, 32 k wide; 6, 7: B, 8 quads of k high.
-void configure_rows(int rows) {
+alignas(64) constexpr uint8_t kZeros[64] = {};  // a row of every tile of sums
+
+// Tiles 0 to 3: sums; 4, 5: A; 6, 7: B. Each k is one byte of a row of A, each four k are a row of B.
+void configure_rows(int64_t rows, int64_t k) {
   TileConfig c;
   for (int t = 0; t < 8; ++t) {
-    c.rows[t] = static_cast<uint8_t>(t < 6 ? rows : kGroup / 4);
-    c.bytes_per_row[t] = t == 4 ? kGroup : 64;
+    c.rows[t] = static_cast<uint8_t>(t < 6 ? rows : k / 4);
+    c.bytes_per_row[t] = static_cast<uint8_t>(t == 4 || t == 5 ? k : 64);
   }
   configure(c);
 }
 
-// sums: [rows][32] int32. Consecutive groups take different tiles.
-template <bool kSigned, bool kOdd>
-inline void multiply_group(const int8_t* a, int64_t stride, const uint8_t* codes, int32_t* sums) {
-  TILE_LOAD(4, a, stride);
-  TILE_LOAD(6, codes, 64);
-  TILE_LOAD(7, codes + 512, 64);
-  if constexpr (kOdd) {
-    TILE_ZERO(2);
-    TILE_ZERO(3);
-  } else {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-  }
-  if constexpr (kSigned && kOdd) {
-    TILE_DOT_SIGNED(2, 4, 6);
-    TILE_DOT_SIGNED(3, 4, 7);
-  } else if constexpr (kSigned) {
-    TILE_DOT_SIGNED(0, 4, 6);
-    TILE_DOT_SIGNED(1, 4, 7);
-  } else if constexpr (kOdd) {
-    TILE_DOT_UNSIGNED(2, 4, 6);
-    TILE_DOT_UNSIGNED(3, 4, 7);
-  } else {
-    TILE_DOT_UNSIGNED(0, 4, 6);
-    TILE_DOT_UNSIGNED(1, 4, 7);
-  }
-  if constexpr (kOdd) {
-    TILE_STORE(2, sums, 128);
-    TILE_STORE(3, sums + 16, 128);
-  } else {
-    TILE_STORE(0, sums, 128);
-    TILE_STORE(1, sums + 16, 128);
-  }
+// f(Rows<r>{}) for r = 0 ... R - 1. Loops over an array of sums that the compiler unrolls late leave it in memory.
+template <int R, class F>
+FASTLLM_INLINE inline void each(const F& f) {
+  if constexpr (R > 1) each<R - 1>(f);
+  f(Rows<R - 1>{});
 }
 
-// R rows times `groups` unpacked groups from group `begin` of the rows on, onto sums [R][32].
-template <int R, bool kSigned, bool kOffsets>
-void tile_by_chunk(const QuantRow& row, int64_t begin, int64_t groups, const Unpacked* w, bool first, float* total) {
-  const int64_t stride = QuantRow::stride(row.groups), sums_of_steps = row.groups;
-  alignas(64) int32_t sums[2][R * kPanel];
-  vf acc[R][2];
-  each_row<R>([&](auto at) FASTLLM_INLINE {
-    constexpr int r = decltype(at)::value;
-    acc[r][0] = first ? vf{} : load(total + r * kPanel);
-    acc[r][1] = first ? vf{} : load(total + r * kPanel + kW);
-  });
-  const auto* steps = reinterpret_cast<const char*>(row.steps() + begin);
-  const auto scale = [&](int64_t b, const int32_t* from) FASTLLM_INLINE {
-    const Unpacked& group = w[b];
-    const vf s0 = load(group.scales), s1 = load(group.scales + kW);
-    each_row<R>([&](auto at) FASTLLM_INLINE {
-      constexpr int r = decltype(at)::value;
-      const auto* step = reinterpret_cast<const float*>(steps + r * stride) + b;
-      const vf xs = set1(*step);
-      const vi i0 = reinterpret_cast<vi>(load_u32(from + r * kPanel));
-      const vi i1 = reinterpret_cast<vi>(load_u32(from + r * kPanel + kW));
-      acc[r][0] = fma(s0, xs * __builtin_convertvector(i0, vf), acc[r][0]);
-      acc[r][1] = fma(s1, xs * __builtin_convertvector(i1, vf), acc[r][1]);
-      if constexpr (kOffsets) {
-        const vf step_sum = set1(step[sums_of_steps]);
-        acc[r][0] = fma(load(group.offsets), step_sum, acc[r][0]);
-        acc[r][1] = fma(load(group.offsets + kW), step_sum, acc[r][1]);
-      }
+// kGroups: of a span. Its tile products are numbered 0 ... kProducts - 1: group 0 of both column tiles, group 1, ...
+template <int kGroups, bool kSigned, bool kOffsets>
+struct Product {
+  static constexpr int kDepth = kGroups == 4 ? 32 : 64;                      // k of a tile
+  static constexpr int kTimes = static_cast<int>(kSpan) / kDepth / kGroups;  // of a group
+  static constexpr int kProducts = 2 * kGroups;
+  static constexpr int kLag = kGroups == 4 ? 3 : kGroups;  // products begun before the sums of one are stored
+
+  template <int kI>
+  FASTLLM_INLINE static void multiply(const SpanRows& rows, const Unpacked& w) {
+    constexpr int kC = kI % 4, kTile = kI % 2, kGroupAt = kI / 2;
+    load_tile<kC>(kZeros, 0);  // a product onto a tile after TILEZERO takes three times as long
+    each<kTimes>([&](auto time) FASTLLM_INLINE {
+      constexpr int kAt = kGroupAt * kTimes + decltype(time)::value, kA = 4 + kAt % 2,
+                    kB = 6 + (kTimes == 1 ? kTile : kAt % 2);
+      if constexpr (kTile == 0) load_tile<kA>(rows.codes[0] + kAt * kDepth, kSpan);
+      load_tile<kB>(w.codes[kTile] + kAt * kDepth * kW, 64);
+      dot_tiles<kSigned, kC, kA, kB>();
     });
-  };
-  const int8_t* a = row.codes(begin);
-  multiply_group<kSigned, false>(a, stride, w[0].codes, sums[0]);
-  int64_t b = 0;
-  for (; b + 2 < groups; b += 2) {
-    multiply_group<kSigned, true>(a + (b + 1) * kGroup, stride, w[b + 1].codes, sums[1]);
-    scale(b, sums[0]);
-    multiply_group<kSigned, false>(a + (b + 2) * kGroup, stride, w[b + 2].codes, sums[0]);
-    scale(b + 1, sums[1]);
   }
-  if (b + 1 < groups) multiply_group<kSigned, true>(a + (b + 1) * kGroup, stride, w[b + 1].codes, sums[1]);
-  scale(b, sums[0]);
-  if (b + 1 < groups) scale(b + 1, sums[1]);
-  each_row<R>([&](auto at) FASTLLM_INLINE {
-    constexpr int r = decltype(at)::value;
-    store(total + r * kPanel, acc[r][0]);
-    store(total + r * kPanel + kW, acc[r][1]);
-  });
-}
+  template <int kI>
+  FASTLLM_INLINE static void store_sums(Sums& sums) {
+    store_tile<kI % 4>(sums.of[kI % 2][kI / 2]);
+  }
 
-template <int kBits, bool kOffsets>
-void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  constexpr bool kSigned = kBits == 4 || !kOffsets;
-  constexpr int64_t kBytes = quant_block_bytes(kBits, kOffsets);
-  const int64_t groups = groups_of(g.k);
-  Unpacked chunk[kChunk];
-  alignas(64) float total[kStripRows * kPanel];
-  int configured = 0;
-  for (int64_t p = p0; p < p1; ++p) {
-    const char* w = static_cast<const char*>(g.w) + p * groups * kBytes;
-    for (int64_t m = m0; m < m1; m += kStripRows) {
-      const int64_t end = m1 - m < kStripRows ? m1 : m + kStripRows;
-      for (int64_t begin = 0; begin < groups; begin += kChunk) {
-        const int64_t count = groups - begin < kChunk ? groups - begin : kChunk;
-        for (int64_t b = 0; b < count; ++b)
-          unpack<kBits>(w + (begin + b) * kBytes, kOffsets, kOffsets ? 0 : g.zero, chunk[b]);
-        for (int64_t r = m; r < end; r += kTileRows) {
-          with_rows<kTileRows>(end - r, [&](auto rows) {
-            constexpr int R = decltype(rows)::value;
-            if (configured != R) configure_rows(configured = R);
-            tile_by_chunk<R, kSigned, kOffsets>(row_of(g, r), begin, count, chunk, begin == 0,
-                                                total + (r - m) * kPanel);
-          });
+  // The products of a span; the sums of the last kLag stay in tiles.
+  static void start(const SpanRows& rows, const Unpacked& w, Sums& sums) {
+    each<kProducts>([&](auto product) FASTLLM_INLINE {
+      constexpr int kI = decltype(product)::value;
+      multiply<kI>(rows, w);
+      if constexpr (kI >= kLag) store_sums<kI - kLag>(sums);
+    });
+  }
+
+  // Scales the sums of a span of R rows onto total. Starts the next span, if kNext.
+  template <int R, bool kNext>
+  FASTLLM_INLINE static void step(const SpanRows& rows, const Unpacked& w, Sums& sums, bool first, float* total,
+                                  const SpanRows& next_rows, const Unpacked& next_w, Sums& next_sums) {
+    each<2>([&](auto tile) FASTLLM_INLINE {
+      constexpr int kTile = decltype(tile)::value;
+      vf part[R];
+      each<R>([&](auto at) FASTLLM_INLINE { part[decltype(at)::value] = vf{}; });
+      each<kGroups>([&](auto group) FASTLLM_INLINE {
+        constexpr int kG = decltype(group)::value, kI = kTile * kGroups + kG;
+        if constexpr (kI < kLag) {
+          store_sums<kProducts - kLag + kI>(sums);
+        } else if constexpr (kNext) {
+          store_sums<kI - kLag>(next_sums);
         }
-      }
-      for (int64_t r = m; r < end; ++r)
-        for (int64_t c = 0; c < kPanel; c += kW)
-          finish_columns(g, r, p * kPanel + c, load(total + (r - m) * kPanel + c));
+        if constexpr (kNext) multiply<kI>(next_rows, next_w);
+        const vf scale = load(w.scales[kG] + kTile * kW);
+        vf offset;
+        if constexpr (kOffsets) offset = load(w.offsets[kG] + kTile * kW);
+        each<R>([&](auto at) FASTLLM_INLINE {
+          constexpr int r = decltype(at)::value;
+          const vi sum = reinterpret_cast<vi>(load_u32(sums.of[kTile][kG] + r * kW));
+          part[r] = fma(scale, __builtin_convertvector(sum, vf), part[r]);
+          if constexpr (kOffsets) part[r] = fma(offset, set1(rows.sums[kG][r]), part[r]);
+        });
+      });
+      float* const onto = total + kTile * kTileSums;
+      each<R>([&](auto at) FASTLLM_INLINE {
+        constexpr int r = decltype(at)::value;
+        const vf old = first ? vf{} : load(onto + r * kW);
+        store(onto + r * kW, fma(set1(rows.steps[r]), part[r], old));
+      });
+    });
+  }
+
+  // Ends what was started for `now` and starts `next`.
+  template <int R>
+  static void run(const Work& now, const Work& next, Sums (&sums)[2], int& turn) {
+    int64_t s = 0;
+    for (; s + 1 < now.spans; ++s, turn ^= 1) {
+      step<R, true>(now.span[s], now.w[s], sums[turn], now.first && s == 0, now.total, now.span[s + 1], now.w[s + 1],
+                    sums[turn ^ 1]);
+    }
+    if (next.rows == now.rows) {
+      step<R, true>(now.span[s], now.w[s], sums[turn], now.first && s == 0, now.total, *next.span, *next.w,
+                    sums[turn ^ 1]);
+    } else {
+      step<R, false>(now.span[s], now.w[s], sums[turn], now.first && s == 0, now.total, now.span[s], now.w[s],
+                     sums[turn ^ 1]);
+      begin(next, sums[turn ^ 1]);
+    }
+    turn ^= 1;
+  }
+
+  static void begin(const Work& next, Sums& sums) {
+    if (next.rows == 0) return;
+    configure_rows(next.rows, kDepth);
+    start(*next.span, *next.w, sums);
+  }
+};
+
+// Columns [n, n + 32) of `rows` rows.
+void finish_tile(const QuantArgs& g, int64_t m, int64_t rows, int64_t n, const float* total) {
+  const bool whole = n + kPanel <= g.n && !g.bias;
+  for (int64_t r = 0; r < rows; ++r, total += kW) {
+    const vf left = load(total), right = load(total + kTileSums);
+    const int64_t at = (m + r) * g.ldo + n;
+    if (whole && g.out_bf16 && !g.accumulate) {
+      uint16_t* out = static_cast<uint16_t*>(g.out) + at;
+      store(out, left);
+      store(out + kW, right);
+    } else if (whole && !g.out_bf16) {
+      float* out = static_cast<float*>(g.out) + at;
+      store(out, g.accumulate ? load(out) + left : left);
+      store(out + kW, g.accumulate ? load(out + kW) + right : right);
+    } else {
+      finish_columns(g, m + r, n, left);
+      finish_columns(g, m + r, n + kW, right);
     }
   }
+}
+
+template <int kGroups, bool kSigned, bool kOffsets>
+void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  using P = Product<kGroups, kSigned, kOffsets>;
+  const int64_t groups = groups_of(g), spans = spans_of(g.k);
+  const int64_t bytes = quant_block_bytes(g.bits, g.group, g.offsets);
+  Unpacked chunks[2][kChunk];
+  Sums sums[2];
+  alignas(64) float totals[kStripRows * kPanel];
+  int chunk = 0, turn = 0;
+  Work now{};
+  // What is pushed runs at the next call, beside the tiles' part of the work pushed then.
+  const auto push = [&](const Work& next) {
+    if (now.rows == 0) {
+      P::begin(next, sums[turn]);
+    } else {
+      const auto run = now.rows > 8 ? P::template run<16> : P::template run<8>;
+      run(now, next, sums, turn);
+      if (now.last) finish_tile(g, now.m, now.rows, now.panel * kPanel, now.total);
+    }
+    now = next;
+  };
+  for (int64_t p = p0; p < p1; ++p) {
+    const char* w = static_cast<const char*>(g.w) + p * groups * bytes;
+    for (int64_t strip = m0; strip < m1; strip += kStripRows) {
+      const int64_t end = m1 - strip < kStripRows ? m1 : strip + kStripRows;
+      for (int64_t s = 0; s < spans; s += kChunk) {
+        const int64_t count = spans - s < kChunk ? spans - s : kChunk;
+        chunk ^= 1;
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t first = (s + i) * kGroups, left = groups - first;
+          unpack(g, w + first * bytes, left < kGroups ? left : kGroups, chunks[chunk][i]);
+        }
+        for (int64_t m = strip; m < end; m += kTileRows) {
+          push({.rows = end - m < kTileRows ? end - m : kTileRows,
+                .span = rows_of(g, m) + s,
+                .w = chunks[chunk],
+                .spans = count,
+                .first = s == 0,
+                .last = s + count == spans,
+                .m = m,
+                .panel = p,
+                .total = totals + (m - strip) * kPanel});
+        }
+      }
+    }
+  }
+  push({});
   release();
+}
+
+template <int kGroups>
+void gemm_groups(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  const auto run = !g.offsets    ? gemm<kGroups, true, false>
+                   : g.bits == 4 ? gemm<kGroups, true, true>
+                                 : gemm<kGroups, false, true>;
+  run(g, m0, m1, p0, p1);
 }
 
 void gemm_quant(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
@@ -202,8 +311,7 @@ void gemm_quant(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t 
     FASTLLM_ISA::multiply_rows(g, m0, m1, p0, p1);
     return;
   }
-  const auto run =
-      g.bits == 8 ? (g.offsets ? gemm<8, true> : gemm<8, false>) : (g.offsets ? gemm<4, true> : gemm<4, false>);
+  const auto run = g.group == 32 ? gemm_groups<4> : g.group == 64 ? gemm_groups<2> : gemm_groups<1>;
   run(g, m0, m1, p0, p1);
 }
 
