@@ -20,9 +20,9 @@
 
 namespace fastllm::cpu {
 
-inline constexpr int64_t kPanel = 32;  // weight columns of a panel
-inline constexpr int64_t kGroup = 32;  // adjacent k of the smallest group that share a scale
-inline constexpr int64_t kSpan = 128;  // adjacent k of int8 activations that share a step: those of the largest group
+inline constexpr int64_t kPanel = 32;       // weight columns of a panel
+inline constexpr int64_t kGroup = 32;       // adjacent k of the smallest group that share a scale
+inline constexpr int64_t kSpan = 128;       // adjacent k of the largest
 inline constexpr int64_t kRowBlock = 32;    // activation rows of a prepared block
 inline constexpr int64_t kKvTile = 64;      // KV positions of one softmax partial; anchored at position 0
 inline constexpr int64_t kQueryBlock = 32;  // query tokens that share one pass over the KV tiles
@@ -48,13 +48,15 @@ static constexpr int64_t quant_block_bytes(int bits, int64_t group, bool offsets
   return quant_code_bytes(bits, group) + kPanel * (offsets ? 4 : 2);
 }
 
-// The same product with grouped weights, in integers within a group. Activations are rounded to int8 by rows and spans:
+// Adjacent k that share a step of the activations: those of a group, or half of the largest.
+static constexpr int64_t quant_part(int64_t group) { return group < 64 ? group : 64; }
+
+// The same product with grouped weights, in integers within a part. Activations are rounded to int8 by rows and parts:
 //   absmax = max |x|;  xs = absmax / 127;  xq = round to even(x * (127 / absmax)), or 0 for absmax <= 1e-36
-// With isum = sum code * xq and s = sum xq of a group, groups are added in ascending order with fused multiply-adds, so
-// all instruction sets and batches give the same bits:
-//   symmetric     part = fma(scale, float(isum - zero * s), part)                                    for groups of a
-//   span with offsets  part = fma(scale, float(isum), part);  part = fma(offset, float(s), part)          for groups of
-//   a span acc = fma(xs, part, acc)                                                                         for spans
+// With isum = sum code * xq and s = sum xq of a part, parts are added in ascending order and each operation rounds
+// once, so all instruction sets and batches give the same bits:
+//   symmetric     acc = fma(xs, scale * float(isum - zero * s), acc)
+//   with offsets  acc = fma(xs, fma(offset, float(s), scale * float(isum)), acc)
 struct QuantArgs {
   const void* a;    // what prepare_i8() wrote
   const void* w;    // packed

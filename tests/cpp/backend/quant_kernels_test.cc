@@ -85,24 +85,22 @@ struct Weight {
 
 // The definition.
 float product(const Weight& w, const Array& x, std::int64_t m, std::int64_t n) {
+  const std::int64_t part = cpu::quant_part(w.format.size);
   float acc = 0;
-  for (std::int64_t first = 0; first < w.k; first += kSpan) {
-    const std::int64_t last = std::min(first + kSpan, w.k);
-    float absmax = 0, part = 0;
-    for (std::int64_t k = first; k < last; ++k) absmax = std::max(absmax, std::abs(x.get(m, k)));
+  for (std::int64_t begin = 0; begin < w.k; begin += part) {
+    const std::int64_t end = std::min(begin + part, w.k), g = begin / w.format.size;
+    float absmax = 0;
+    for (std::int64_t k = begin; k < end; ++k) absmax = std::max(absmax, std::abs(x.get(m, k)));
     const float inverse = absmax > 1e-36f ? 127.0f / absmax : 0.0f;
-    for (std::int64_t begin = first; begin < last; begin += w.format.size) {
-      const std::int64_t g = begin / w.format.size;
-      int s = 0, isum = 0;
-      for (std::int64_t k = begin; k < std::min(begin + w.format.size, last); ++k) {
-        const int q = static_cast<int>(std::nearbyint(double{x.get(m, k)} * double{inverse}));
-        s += q;
-        isum += w.code(n, k) * q;
-      }
-      part = std::fma(w.scale(n, g), static_cast<float>(isum - w.format.zero * s), part);
-      if (w.format.offsets) part = std::fma(w.offset(n, g), static_cast<float>(s), part);
+    int s = 0, isum = 0;
+    for (std::int64_t k = begin; k < end; ++k) {
+      const int q = static_cast<int>(std::nearbyint(double{x.get(m, k)} * double{inverse}));
+      s += q;
+      isum += w.code(n, k) * q;
     }
-    acc = std::fma(absmax / 127.0f, part, acc);
+    float y = w.scale(n, g) * static_cast<float>(isum - w.format.zero * s);
+    if (w.format.offsets) y = std::fma(w.offset(n, g), static_cast<float>(s), y);
+    acc = std::fma(absmax / 127.0f, y, acc);
   }
   return acc;
 }

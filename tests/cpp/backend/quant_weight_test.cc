@@ -58,13 +58,13 @@ struct Codes {
 // What prepare_i8() makes of a row: x is about step * value.
 struct QuantRow {
   std::vector<int> values;
-  std::vector<float> steps;  // by span
+  std::vector<float> steps;  // by part
 };
 
-QuantRow quantise_row(const Array& x, std::int64_t r) {
+QuantRow quantise_row(const Array& x, std::int64_t r, std::int64_t part) {
   QuantRow q;
-  for (std::int64_t begin = 0; begin < x.cols(); begin += cpu::kSpan) {
-    const std::int64_t end = std::min(begin + cpu::kSpan, x.cols());
+  for (std::int64_t begin = 0; begin < x.cols(); begin += part) {
+    const std::int64_t end = std::min(begin + part, x.cols());
     float most = 0;
     for (std::int64_t k = begin; k < end; ++k) most = std::max(most, std::abs(x.get(r, k)));
     const double inverse = most > 0 ? 127.0f / most : 0.0f;
@@ -89,13 +89,14 @@ class QuantWeights : public OpTest {
     if (accumulate) out.fill(random);
     const Array before = out;
     backend->linear(out.tensor(), x.tensor(), packed, bias ? b.data() : nullptr, accumulate);
+    const std::int64_t part = cpu::quant_part(w.format.size);
     int bad = 0;
     for (std::int64_t r = 0; r < m; ++r) {
-      const QuantRow q = quantise_row(x, r);
+      const QuantRow q = quantise_row(x, r, part);
       for (std::int64_t n = 0; n < w.rows; ++n) {
         double want = accumulate ? before.get(r, n) : 0.0, magnitude = std::abs(want);
         for (std::int64_t k = 0; k < w.cols; ++k) {
-          const double step = q.steps[static_cast<std::size_t>(k / cpu::kSpan)];
+          const double step = q.steps[static_cast<std::size_t>(k / part)];
           const double product = step * q.values[static_cast<std::size_t>(k)] * w.number(n, k);
           want += product, magnitude += std::abs(product);
         }

@@ -1,9 +1,7 @@
 // y = x w^T with weights that stay codes of 8 or 4 bits; kernels.h defines the sums. For up to a few rows, where the
 // time is that of reading the weights:
 //
-//   for m, n: acc = 0; for spans: part = 0
-//     for groups of the span: part = fma(scale[n][g], sum_k (code[n][k] - zero) * xq[m][k], part)
-//     acc = fma(xs[m][span], part, acc)
+//   for m, n: acc = 0; for parts: acc = fma(xs[m][part], scale[n][g] * sum_k (code[n][k] - zero) * xq[m][k], acc)
 //
 // A block of weights is read once for kQuantRows rows; codes become operands in registers. Cost: N K (bits + 16 / G) /
 // 8 bytes. Benchmark: fastllm_bench_ops --benchmark_filter=Quant
@@ -83,38 +81,44 @@ inline void store_bytes(int8_t* to, vi v) {
 }
 #endif
 
-// Rounds a span of x, of which `n` exist, to row r of `to`.
-template <class T>
-inline void prepare_span(const T* x, int64_t n, int64_t group, int64_t r, SpanRows& to) {
-  constexpr int64_t kVectors = kSpan / kW;
-  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  vf v[kVectors];
+inline float absolute_max(const vf* v, int64_t n) {
   vu most{};
-  for (int64_t i = 0; i < kVectors; ++i) {
-    const int64_t left = n - i * kW;
-    v[i] = left >= kW ? load(x + i * kW) : left > 0 ? load(x + i * kW, left) : vf{};
+  for (int64_t i = 0; i < n; ++i) {
     const vu magnitude = as_bits(v[i]) & 0x7fffffffu;  // orders like |x|, NaN above all
     most = magnitude > most ? magnitude : most;
   }
   const uint32_t bits = max_lane(most);
-  float absmax;
-  __builtin_memcpy(&absmax, &bits, 4);
-  const vf inverse = set1(absmax > 1e-36f ? 127.0f / absmax : 0.0f);
-  to.steps[r] = absmax / 127.0f;
-  vi total{};
-  for (int64_t i = 0; i < kVectors; ++i) {
-    const vi code = reinterpret_cast<vi>(as_bits(fused(v[i], inverse, magic)) - as_bits(magic));
-    total += code;
-    store_bytes(to.codes[r] + i * kW, code);
-    const int64_t end = (i + 1) * kW;
-    if (end % group == 0) {
-      to.sums[end / group - 1][r] = static_cast<float>(sum_lanes(total));
-      total = vi{};
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Rounds a span of x, of which `n` exist, to row r of `to`, by parts of kPart.
+template <int64_t kPart, class T>
+inline void prepare_span(const T* x, int64_t n, int64_t r, SpanRows& to) {
+  constexpr int64_t kVectors = kPart / kW;
+  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  for (int64_t part = 0; part < kSpan / kPart; ++part) {
+    const int64_t first = part * kPart;
+    vf v[kVectors];
+    for (int64_t i = 0; i < kVectors; ++i) {
+      const int64_t at = first + i * kW, left = n - at;
+      v[i] = left >= kW ? load(x + at) : left > 0 ? load(x + at, left) : vf{};
     }
+    const float absmax = absolute_max(v, kVectors);
+    const vf inverse = set1(absmax > 1e-36f ? 127.0f / absmax : 0.0f);
+    vi total{};
+    for (int64_t i = 0; i < kVectors; ++i) {
+      const vi code = reinterpret_cast<vi>(as_bits(fused(v[i], inverse, magic)) - as_bits(magic));
+      total += code;
+      store_bytes(to.codes[r] + first + i * kW, code);
+    }
+    to.steps[part][r] = absmax / 127.0f;
+    to.sums[part][r] = static_cast<float>(sum_lanes(total));
   }
 }
 
-template <class T>
+template <int64_t kPart, class T>
 void prepare_rows(const QuantRows& rows, int64_t begin, int64_t end, SpanRows* prepared) {
   const int64_t spans = spans_of(rows.k);
   for (int64_t m = begin; m < end; ++m) {
@@ -125,9 +129,9 @@ void prepare_rows(const QuantRows& rows, int64_t begin, int64_t end, SpanRows* p
       if (rows.order) {
         T sorted[kSpan];
         for (int64_t i = 0; i < n; ++i) sorted[i] = x[rows.order[first + i]];
-        prepare_span(sorted, n, rows.group, m % kTileRows, to[s]);
+        prepare_span<kPart>(sorted, n, m % kTileRows, to[s]);
       } else {
-        prepare_span(x + first, n, rows.group, m % kTileRows, to[s]);
+        prepare_span<kPart>(x + first, n, m % kTileRows, to[s]);
       }
     }
   }
@@ -136,81 +140,89 @@ void prepare_rows(const QuantRows& rows, int64_t begin, int64_t end, SpanRows* p
   const int64_t r = end % kTileRows;
   const auto bytes = static_cast<size_t>(kTileRows - r) * sizeof(float);
   for (SpanRows* to = last; to < last + spans; ++to) {
-    __builtin_memset(to->steps + r, 0, bytes);
+    for (auto& steps : to->steps) __builtin_memset(steps + r, 0, bytes);
     for (auto& sums : to->sums) __builtin_memset(sums + r, 0, bytes);
   }
 }
 
 void prepare_i8(const QuantRows& rows, int64_t begin, int64_t end, void* prepared) {
-  const auto prepare = rows.x_bf16 ? prepare_rows<uint16_t> : prepare_rows<float>;
+  const bool small = quant_part(rows.group) == 32;
+  const auto prepare = rows.x_bf16 ? (small ? prepare_rows<32, uint16_t> : prepare_rows<64, uint16_t>)
+                                   : (small ? prepare_rows<32, float> : prepare_rows<64, float>);
   prepare(rows, begin, end, static_cast<SpanRows*>(prepared));
+}
+
+// isum of kTogether vectors of columns and R rows over `part` k. w: the codes of tile 0 from the part on; tile_bytes:
+// from there to those of tile 1; column: the first of the panel.
+template <class Dot, int kBits, int R>
+inline void sum_part(const char* w, int64_t tile_bytes, int column, const int8_t* x, int64_t part,
+                     vi (&isum)[R][kTogether]) {
+  for (auto& s : isum)
+    for (vi& v : s) v = vi{};
+  for (int64_t k = 0; k < part; k += kGroup, w += kGroup * 2 * kBits, x += kGroup) {
+    typename Dot::Sum sum[R][kTogether];
+    for (auto& s : sum)
+      for (auto& v : s) v = typename Dot::Sum{};
+    for (int quad = 0; quad < kGroup / 4; quad += 2) {
+      vu codes[2][kTogether];
+      for (int j = 0; j < kTogether; ++j) {
+        const int at_column = column + j * kW;
+        const char* at = w + at_column / 16 * tile_bytes + at_column % 16 * 4;
+        if constexpr (kBits == 8) {
+          codes[0][j] = load_u32(at + quad * 64);
+          codes[1][j] = load_u32(at + quad * 64 + 64);
+        } else {
+          const vu both = load_u32(at + quad * 32);
+          codes[0][j] = both & 0x0f0f0f0fu;
+          codes[1][j] = (both >> 4) & 0x0f0f0f0fu;
+        }
+      }
+      for (int i = 0; i < 2; ++i) {
+        for (int r = 0; r < R; ++r) {
+          const auto operand = Dot::operand(x + r * kSpan + (quad + i) * 4);
+          for (int j = 0; j < kTogether; ++j) Dot::add(sum[r][j], codes[i][j], operand);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < kTogether; ++j) isum[r][j] += Dot::total(sum[r][j]);
+  }
 }
 
 // R rows from m on, all of one tile of rows, times panel p.
 template <class Dot, int kBits, bool kOffsets, int R>
 inline void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p) {
-  const int64_t groups = groups_of(g), per_span = kSpan / g.group, parts = g.group / kGroup;
+  const int64_t groups = groups_of(g), part = quant_part(g.group);
   const int64_t code_bytes = quant_code_bytes(kBits, g.group), bytes = quant_block_bytes(kBits, g.group, kOffsets);
   const char* w = static_cast<const char*>(g.w) + p * groups * bytes;
-  const SpanRows* span = rows_of(g, m);
+  const SpanRows* const spans = rows_of(g, m);
   const int64_t row = m % kTileRows;
   vf acc[R][kVecs];
   for (auto& a : acc)
     for (vf& v : a) v = vf{};
-  for (int64_t left = groups; left > 0; left -= per_span, ++span) {
-    vf part[R][kVecs];
-    for (auto& a : part)
-      for (vf& v : a) v = vf{};
-    for (int64_t b = 0; b < (left < per_span ? left : per_span); ++b, w += bytes) {
-      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + kQuantAhead + line, 0, 3);
-      const auto* scales = reinterpret_cast<const uint16_t*>(w + code_bytes);
+  for (int64_t b = 0; b < groups; ++b, w += bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + kQuantAhead + line, 0, 3);
+    const auto* scales = reinterpret_cast<const uint16_t*>(w + code_bytes);
+    const SpanRows& span = spans[b * g.group / kSpan];
+    for (int64_t k = 0; k < g.group; k += part) {
+      const int64_t at = (b * g.group + k) % kSpan;
+      const float *steps = span.steps[at / part] + row, *sums = span.sums[at / part] + row;
       for (int first = 0; first < kVecs; first += kTogether) {
         vi isum[R][kTogether];
-        for (auto& s : isum)
-          for (vi& v : s) v = vi{};
-        for (int64_t part_of = 0; part_of < parts; ++part_of) {
-          typename Dot::Sum sum[R][kTogether];
-          for (auto& s : sum)
-            for (auto& v : s) v = typename Dot::Sum{};
-          for (int quad = 0; quad < kQuads; quad += 2) {
-            vu codes[2][kTogether];
-            for (int j = 0; j < kTogether; ++j) {
-              const int col = (first + j) * kW;
-              const char* at = w + col / 16 * (code_bytes / 2) + part_of * (kQuads * 8 * kBits) + col % 16 * 4;
-              if constexpr (kBits == 8) {
-                codes[0][j] = load_u32(at + quad * 64);
-                codes[1][j] = load_u32(at + quad * 64 + 64);
-              } else {
-                const vu both = load_u32(at + quad * 32);
-                codes[0][j] = both & 0x0f0f0f0fu;
-                codes[1][j] = (both >> 4) & 0x0f0f0f0fu;
-              }
-            }
-            for (int i = 0; i < 2; ++i) {
-              for (int r = 0; r < R; ++r) {
-                const auto x = Dot::operand(span->codes[row + r] + b * g.group + part_of * kGroup + (quad + i) * 4);
-                for (int j = 0; j < kTogether; ++j) Dot::add(sum[r][j], codes[i][j], x);
-              }
-            }
-          }
-          for (int r = 0; r < R; ++r)
-            for (int j = 0; j < kTogether; ++j) isum[r][j] += Dot::total(sum[r][j]);
-        }
+        sum_part<Dot, kBits>(w + k * 2 * kBits, code_bytes / 2, first * kW, span.codes[row] + at, part, isum);
         for (int j = 0; j < kTogether; ++j) {
           const int v = first + j;
           const vf scale = load_half(scales + v * kW);
           for (int r = 0; r < R; ++r) {
-            const float s = span->sums[b][row + r];
-            vf x = __builtin_convertvector(isum[r][j], vf);
-            if constexpr (!kOffsets) x -= set1(static_cast<float>(g.zero) * s);  // exact: below 2^24
-            part[r][v] = fused(scale, x, part[r][v]);
-            if constexpr (kOffsets) part[r][v] = fused(load_half(scales + kPanel + v * kW), set1(s), part[r][v]);
+            vf sum = __builtin_convertvector(isum[r][j], vf);
+            if constexpr (!kOffsets) sum -= set1(static_cast<float>(g.zero) * sums[r]);  // exact: below 2^24
+            vf y = scale * sum;
+            if constexpr (kOffsets) y = fused(load_half(scales + kPanel + v * kW), set1(sums[r]), y);
+            acc[r][v] = fused(set1(steps[r]), y, acc[r][v]);
           }
         }
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = fused(set1(span->steps[row + r]), part[r][v], acc[r][v]);
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kVecs; ++v) finish_columns(g, m + r, p * kPanel + v * kW, acc[r][v]);

@@ -41,9 +41,9 @@ inline int64_t spans_of(int64_t k) { return (k + kSpan - 1) / kSpan; }
 // Sixteen prepared rows of one span; the spans of 16 rows follow each other. Rows that do not exist have codes without
 // meaning, but steps and sums of 0.
 struct alignas(64) SpanRows {
-  int8_t codes[kTileRows][kSpan];         // xq
-  float steps[kTileRows];                 // xs
-  float sums[kSpan / kGroup][kTileRows];  // s of each group of the span
+  int8_t codes[kTileRows][kSpan];          // xq
+  float steps[kSpan / kGroup][kTileRows];  // xs of each part
+  float sums[kSpan / kGroup][kTileRows];   // s
 };
 
 // The first span of the 16 rows that row m is one of.

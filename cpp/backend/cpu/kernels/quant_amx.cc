@@ -1,16 +1,13 @@
 // The product with grouped weights on AMX tiles, for more than a few rows.
 //
-//   for m, n: acc = 0; for spans: part = 0
-//     for groups of the span: part = fma(scale[n][g], sum_k (code[n][k] - zero) * xq[m][k], part)
-//     acc = fma(xs[m][span], part, acc)
+//   for m, n: acc = 0; for parts: acc = fma(xs[m][part], scale[n][g] * sum_k (code[n][k] - zero) * xq[m][k], acc)
 //
-// A group has scales of its own, so its sums leave the tiles at once: they are stored and come back as vectors to be
-// scaled. Both take about as long as the tile product of 32 k, 16 cycles for 16 x 16 sums, and run beside it: while the
-// vectors of a span are scaled, the tiles work on the next span, be it of the next rows.
+// A part has steps and scales of its own, so its sums leave the tiles at once: they are stored and come back as vectors
+// to be scaled. While the vectors of a span are scaled, the tiles work on the next span, be it of the next rows:
 //
-//     one span of 16 rows   | column tile 0: g0 g1 g2 g3 | column tile 1: g0 g1 g2 g3 |   steps; groups of 32
-//     tiles                 | A stays in tiles 4 to 7    |                            |   two tiles for larger groups
-//     vectors               | parts of 16 x 16 in registers, then onto the sums in memory
+//     a span of 16 rows   tiles    part 0 of both column tiles, part 1, ...   sums are stored kLag products later, so
+//                                                                             that four tiles of sums are in flight
+//                         vectors  column tile 0, all parts; column tile 1    sums of 16 x 16 in registers
 //
 // Codes become signed bytes and scales fp32 once for kStripRows rows, kChunk spans at a time; two such chunks exist,
 // that of the step and that of the tiles' next step. Cost: N K (bits + 16 / G) / 8 bytes while M is small.
@@ -32,11 +29,11 @@ constexpr int64_t kTileSums = kTileRows * kW;
 
 // One span of a panel.
 struct alignas(64) Unpacked {
-  uint8_t codes[2][kSpan * kW];  // [tile][groups][quads][16 columns][4]; minus zero
-  float scales[kSpan / kGroup][kPanel], offsets[kSpan / kGroup][kPanel];
+  uint8_t codes[2][kSpan * kW];                                           // [tile][quads][16 columns][4]; minus zero
+  float scales[kSpan / kGroup][kPanel], offsets[kSpan / kGroup][kPanel];  // [part]
 };
 
-// Integer sums of a span: [tile][groups][16 rows][16 columns].
+// Integer sums of a span: [tile][part][16 rows][16 columns].
 struct alignas(64) Sums {
   int32_t of[2][kSpan / kGroup][kTileSums];
 };
@@ -73,21 +70,23 @@ void unpack_codes(const char* w, int zero, int64_t quads, uint8_t* to) {
 // The blocks of one span at w.
 void unpack(const QuantArgs& g, const char* w, int64_t groups, Unpacked& to) {
   const int64_t code_bytes = quant_code_bytes(g.bits, g.group), bytes = quant_block_bytes(g.bits, g.group, g.offsets);
+  const int64_t parts = g.group / quant_part(g.group);  // of a group
+  const auto codes = g.bits == 8 ? unpack_codes<8> : unpack_codes<4>;
   for (int64_t line = 0; line < groups * bytes; line += 64) __builtin_prefetch(w + kPanelAhead + line, 0, 3);
   for (int64_t b = 0; b < groups; ++b, w += bytes) {
-    for (int64_t tile = 0; tile < 2; ++tile) {
-      const auto codes = g.bits == 8 ? unpack_codes<8> : unpack_codes<4>;
+    for (int64_t tile = 0; tile < 2; ++tile)
       codes(w + tile * code_bytes / 2, g.zero, g.group / 4, to.codes[tile] + b * g.group * kW);
-    }
     const auto* scales = reinterpret_cast<const uint16_t*>(w + code_bytes);
-    for (int64_t c = 0; c < kPanel; c += kW) {
-      store(to.scales[b] + c, load_half(scales + c));
-      if (g.offsets) store(to.offsets[b] + c, load_half(scales + kPanel + c));
+    for (int64_t part = b * parts; part < (b + 1) * parts; ++part) {
+      for (int64_t c = 0; c < kPanel; c += kW) {
+        store(to.scales[part] + c, load_half(scales + c));
+        if (g.offsets) store(to.offsets[part] + c, load_half(scales + kPanel + c));
+      }
     }
   }
-  for (int64_t b = groups; b < kSpan / g.group; ++b) {  // that do not exist add nothing
-    __builtin_memset(to.scales[b], 0, sizeof to.scales[b]);
-    __builtin_memset(to.offsets[b], 0, sizeof to.offsets[b]);
+  for (int64_t part = groups * parts; part < kSpan / quant_part(g.group); ++part) {  // that do not exist add nothing
+    __builtin_memset(to.scales[part], 0, sizeof to.scales[part]);
+    __builtin_memset(to.offsets[part], 0, sizeof to.offsets[part]);
   }
 }
 
@@ -130,25 +129,20 @@ FASTLLM_INLINE inline void each(const F& f) {
   f(Rows<R - 1>{});
 }
 
-// kGroups: of a span. Its tile products are numbered 0 ... kProducts - 1: group 0 of both column tiles, group 1, ...
-template <int kGroups, bool kSigned, bool kOffsets>
+// kParts: of a span. Its tile products are numbered 0 ... kProducts - 1: part 0 of both column tiles, part 1, ...
+template <int kParts, bool kSigned, bool kOffsets>
 struct Product {
-  static constexpr int kDepth = kGroups == 4 ? 32 : 64;                      // k of a tile
-  static constexpr int kTimes = static_cast<int>(kSpan) / kDepth / kGroups;  // of a group
-  static constexpr int kProducts = 2 * kGroups;
-  static constexpr int kLag = kGroups == 4 ? 3 : kGroups;  // products begun before the sums of one are stored
+  static constexpr int kDepth = static_cast<int>(kSpan) / kParts;  // k of a tile
+  static constexpr int kProducts = 2 * kParts;
+  static constexpr int kLag = kParts == 4 ? 3 : 2;  // products begun before the sums of one are stored
 
   template <int kI>
   FASTLLM_INLINE static void multiply(const SpanRows& rows, const Unpacked& w) {
-    constexpr int kC = kI % 4, kTile = kI % 2, kGroupAt = kI / 2;
-    load_tile<kC>(kZeros, 0);  // a product onto a tile after TILEZERO takes three times as long
-    each<kTimes>([&](auto time) FASTLLM_INLINE {
-      constexpr int kAt = kGroupAt * kTimes + decltype(time)::value, kA = 4 + kAt % 2,
-                    kB = 6 + (kTimes == 1 ? kTile : kAt % 2);
-      if constexpr (kTile == 0) load_tile<kA>(rows.codes[0] + kAt * kDepth, kSpan);
-      load_tile<kB>(w.codes[kTile] + kAt * kDepth * kW, 64);
-      dot_tiles<kSigned, kC, kA, kB>();
-    });
+    constexpr int kSum = kI % 4, kTile = kI % 2, kPart = kI / 2, kA = 4 + kPart % 2, kB = 6 + kTile;
+    load_tile<kSum>(kZeros, 0);  // a product onto a tile after TILEZERO takes three times as long
+    if constexpr (kTile == 0) load_tile<kA>(rows.codes[0] + kPart * kDepth, kSpan);
+    load_tile<kB>(w.codes[kTile] + kPart * kDepth * kW, 64);
+    dot_tiles<kSigned, kSum, kA, kB>();
   }
   template <int kI>
   FASTLLM_INLINE static void store_sums(Sums& sums) {
@@ -170,31 +164,34 @@ struct Product {
                                   const SpanRows& next_rows, const Unpacked& next_w, Sums& next_sums) {
     each<2>([&](auto tile) FASTLLM_INLINE {
       constexpr int kTile = decltype(tile)::value;
-      vf part[R];
-      each<R>([&](auto at) FASTLLM_INLINE { part[decltype(at)::value] = vf{}; });
-      each<kGroups>([&](auto group) FASTLLM_INLINE {
-        constexpr int kG = decltype(group)::value, kI = kTile * kGroups + kG;
+      float* const onto = total + kTile * kTileSums;
+      vf acc[R];
+      each<R>([&](auto at) FASTLLM_INLINE {
+        constexpr int r = decltype(at)::value;
+        acc[r] = first ? vf{} : load(onto + r * kW);
+      });
+      each<kParts>([&](auto part) FASTLLM_INLINE {
+        constexpr int kPart = decltype(part)::value, kI = kTile * kParts + kPart;
         if constexpr (kI < kLag) {
           store_sums<kProducts - kLag + kI>(sums);
         } else if constexpr (kNext) {
           store_sums<kI - kLag>(next_sums);
         }
         if constexpr (kNext) multiply<kI>(next_rows, next_w);
-        const vf scale = load(w.scales[kG] + kTile * kW);
+        const vf scale = load(w.scales[kPart] + kTile * kW);
         vf offset;
-        if constexpr (kOffsets) offset = load(w.offsets[kG] + kTile * kW);
+        if constexpr (kOffsets) offset = load(w.offsets[kPart] + kTile * kW);
         each<R>([&](auto at) FASTLLM_INLINE {
           constexpr int r = decltype(at)::value;
-          const vi sum = reinterpret_cast<vi>(load_u32(sums.of[kTile][kG] + r * kW));
-          part[r] = fma(scale, __builtin_convertvector(sum, vf), part[r]);
-          if constexpr (kOffsets) part[r] = fma(offset, set1(rows.sums[kG][r]), part[r]);
+          const vi sum = reinterpret_cast<vi>(load_u32(sums.of[kTile][kPart] + r * kW));
+          vf y = scale * __builtin_convertvector(sum, vf);
+          if constexpr (kOffsets) y = fma(offset, set1(rows.sums[kPart][r]), y);
+          acc[r] = fma(set1(rows.steps[kPart][r]), y, acc[r]);
         });
       });
-      float* const onto = total + kTile * kTileSums;
       each<R>([&](auto at) FASTLLM_INLINE {
         constexpr int r = decltype(at)::value;
-        const vf old = first ? vf{} : load(onto + r * kW);
-        store(onto + r * kW, fma(set1(rows.steps[r]), part[r], old));
+        store(onto + r * kW, acc[r]);
       });
     });
   }
@@ -246,10 +243,10 @@ void finish_tile(const QuantArgs& g, int64_t m, int64_t rows, int64_t n, const f
   }
 }
 
-template <int kGroups, bool kSigned, bool kOffsets>
+template <int kParts, bool kSigned, bool kOffsets>
 void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  using P = Product<kGroups, kSigned, kOffsets>;
-  const int64_t groups = groups_of(g), spans = spans_of(g.k);
+  using P = Product<kParts, kSigned, kOffsets>;
+  const int64_t groups = groups_of(g), spans = spans_of(g.k), per_span = kSpan / g.group;
   const int64_t bytes = quant_block_bytes(g.bits, g.group, g.offsets);
   Unpacked chunks[2][kChunk];
   Sums sums[2];
@@ -275,8 +272,8 @@ void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
         const int64_t count = spans - s < kChunk ? spans - s : kChunk;
         chunk ^= 1;
         for (int64_t i = 0; i < count; ++i) {
-          const int64_t first = (s + i) * kGroups, left = groups - first;
-          unpack(g, w + first * bytes, left < kGroups ? left : kGroups, chunks[chunk][i]);
+          const int64_t first = (s + i) * per_span, left = groups - first;
+          unpack(g, w + first * bytes, left < per_span ? left : per_span, chunks[chunk][i]);
         }
         for (int64_t m = strip; m < end; m += kTileRows) {
           push({.rows = end - m < kTileRows ? end - m : kTileRows,
@@ -296,11 +293,11 @@ void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   release();
 }
 
-template <int kGroups>
-void gemm_groups(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  const auto run = !g.offsets    ? gemm<kGroups, true, false>
-                   : g.bits == 4 ? gemm<kGroups, true, true>
-                                 : gemm<kGroups, false, true>;
+template <int kParts>
+void gemm_parts(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  const auto run = !g.offsets    ? gemm<kParts, true, false>
+                   : g.bits == 4 ? gemm<kParts, true, true>
+                                 : gemm<kParts, false, true>;
   run(g, m0, m1, p0, p1);
 }
 
@@ -311,7 +308,7 @@ void gemm_quant(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t 
     FASTLLM_ISA::multiply_rows(g, m0, m1, p0, p1);
     return;
   }
-  const auto run = g.group == 32 ? gemm_groups<4> : g.group == 64 ? gemm_groups<2> : gemm_groups<1>;
+  const auto run = quant_part(g.group) == 32 ? gemm_parts<4> : gemm_parts<2>;
   run(g, m0, m1, p0, p1);
 }
 
