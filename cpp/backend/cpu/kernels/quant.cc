@@ -152,14 +152,11 @@ void prepare_i8(const QuantRows& rows, int64_t begin, int64_t end, void* prepare
   prepare(rows, begin, end, static_cast<SpanRows*>(prepared));
 }
 
-// isum of kTogether vectors of columns and R rows over `part` k. w: the codes of tile 0 from the part on; tile_bytes:
+// isum of kTogether vectors of columns and R rows over kPart k. w: the codes of tile 0 from the part on; tile_bytes:
 // from there to those of tile 1; column: the first of the panel.
-template <class Dot, int kBits, int R>
-inline void sum_part(const char* w, int64_t tile_bytes, int column, const int8_t* x, int64_t part,
-                     vi (&isum)[R][kTogether]) {
-  for (auto& s : isum)
-    for (vi& v : s) v = vi{};
-  for (int64_t k = 0; k < part; k += kGroup, w += kGroup * 2 * kBits, x += kGroup) {
+template <class Dot, int kBits, int64_t kPart, int R>
+inline void sum_part(const char* w, int64_t tile_bytes, int column, const int8_t* x, vi (&isum)[R][kTogether]) {
+  for (int64_t k = 0; k < kPart; k += kGroup, w += kGroup * 2 * kBits, x += kGroup) {
     typename Dot::Sum sum[R][kTogether];
     for (auto& s : sum)
       for (auto& v : s) v = typename Dot::Sum{};
@@ -184,32 +181,35 @@ inline void sum_part(const char* w, int64_t tile_bytes, int column, const int8_t
         }
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < kTogether; ++j) isum[r][j] += Dot::total(sum[r][j]);
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < kTogether; ++j) {
+        const vi total = Dot::total(sum[r][j]);
+        isum[r][j] = k == 0 ? total : isum[r][j] + total;
+      }
+    }
   }
 }
 
 // R rows from m on, all of one tile of rows, times panel p.
-template <class Dot, int kBits, bool kOffsets, int R>
+template <class Dot, int kBits, bool kOffsets, int64_t kPart, int R>
 inline void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p) {
-  const int64_t groups = groups_of(g), part = quant_part(g.group);
-  const int64_t code_bytes = quant_code_bytes(kBits, g.group), bytes = quant_block_bytes(kBits, g.group, kOffsets);
+  const int64_t group = kPart == 32 ? 32 : g.group, groups = (g.k + group - 1) / group;
+  const int64_t code_bytes = quant_code_bytes(kBits, group), bytes = quant_block_bytes(kBits, group, kOffsets);
   const char* w = static_cast<const char*>(g.w) + p * groups * bytes;
-  const SpanRows* const spans = rows_of(g, m);
   const int64_t row = m % kTileRows;
   vf acc[R][kVecs];
   for (auto& a : acc)
     for (vf& v : a) v = vf{};
+  const SpanRows* span = rows_of(g, m);
+  int64_t at = 0;  // in the span
   for (int64_t b = 0; b < groups; ++b, w += bytes) {
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + kQuantAhead + line, 0, 3);
     const auto* scales = reinterpret_cast<const uint16_t*>(w + code_bytes);
-    const SpanRows& span = spans[b * g.group / kSpan];
-    for (int64_t k = 0; k < g.group; k += part) {
-      const int64_t at = (b * g.group + k) % kSpan;
-      const float *steps = span.steps[at / part] + row, *sums = span.sums[at / part] + row;
+    for (int64_t k = 0; k < group; k += kPart) {
+      const float *steps = span->steps[at / kPart] + row, *sums = span->sums[at / kPart] + row;
       for (int first = 0; first < kVecs; first += kTogether) {
         vi isum[R][kTogether];
-        sum_part<Dot, kBits>(w + k * 2 * kBits, code_bytes / 2, first * kW, span.codes[row] + at, part, isum);
+        sum_part<Dot, kBits, kPart>(w + k * 2 * kBits, code_bytes / 2, first * kW, span->codes[row] + at, isum);
         for (int j = 0; j < kTogether; ++j) {
           const int v = first + j;
           const vf scale = load_half(scales + v * kW);
@@ -222,20 +222,29 @@ inline void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p) {
           }
         }
       }
+      at += kPart;
+      if (at == kSpan) ++span, at = 0;
     }
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kVecs; ++v) finish_columns(g, m + r, p * kPanel + v * kW, acc[r][v]);
 }
 
-template <class Dot, int kBits, bool kOffsets>
-void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+template <class Dot, int kBits, bool kOffsets, int64_t kPart>
+void gemm_part(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   for (int64_t p = p0; p < p1; ++p) {
     for (int64_t m = m0; m < m1; m += kQuantRows) {
-      with_rows<kQuantRows>(m1 - m,
-                            [&](auto rows) { rows_by_panel<Dot, kBits, kOffsets, decltype(rows)::value>(g, m, p); });
+      with_rows<kQuantRows>(
+          m1 - m, [&](auto rows) { rows_by_panel<Dot, kBits, kOffsets, kPart, decltype(rows)::value>(g, m, p); });
     }
   }
+}
+
+template <class Dot, int kBits, bool kOffsets>
+void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  const auto run =
+      quant_part(g.group) == 32 ? gemm_part<Dot, kBits, kOffsets, 32> : gemm_part<Dot, kBits, kOffsets, 64>;
+  run(g, m0, m1, p0, p1);
 }
 
 template <class Dot8, class Dot4>

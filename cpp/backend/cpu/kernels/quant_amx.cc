@@ -24,7 +24,6 @@ namespace {
 constexpr int64_t kFewRows = 4;      // up to here vectors alone are faster
 constexpr int64_t kStripRows = 256;  // rows that share one unpacking
 constexpr int64_t kChunk = 2;        // spans unpacked together
-constexpr int64_t kPanelAhead = 4 << 10;
 constexpr int64_t kTileSums = kTileRows * kW;
 
 // One span of a panel.
@@ -46,7 +45,9 @@ struct Work {
   int64_t spans;
   bool first, last;  // of its rows and panel
   int64_t m, panel;
-  float* total;  // [2 tiles][16 rows][16 columns]
+  float* total;       // [2 tiles][16 rows][16 columns]
+  const char* ahead;  // weights to fetch for the chunk after the next one, or null
+  int64_t bytes;      // of weights of a span
 };
 
 template <int kBits>
@@ -72,7 +73,6 @@ void unpack(const QuantArgs& g, const char* w, int64_t groups, Unpacked& to) {
   const int64_t code_bytes = quant_code_bytes(g.bits, g.group), bytes = quant_block_bytes(g.bits, g.group, g.offsets);
   const int64_t parts = g.group / quant_part(g.group);  // of a group
   const auto codes = g.bits == 8 ? unpack_codes<8> : unpack_codes<4>;
-  for (int64_t line = 0; line < groups * bytes; line += 64) __builtin_prefetch(w + kPanelAhead + line, 0, 3);
   for (int64_t b = 0; b < groups; ++b, w += bytes) {
     for (int64_t tile = 0; tile < 2; ++tile)
       codes(w + tile * code_bytes / 2, g.zero, g.group / 4, to.codes[tile] + b * g.group * kW);
@@ -161,7 +161,8 @@ struct Product {
   // Scales the sums of a span of R rows onto total. Starts the next span, if kNext.
   template <int R, bool kNext>
   FASTLLM_INLINE static void step(const SpanRows& rows, const Unpacked& w, Sums& sums, bool first, float* total,
-                                  const SpanRows& next_rows, const Unpacked& next_w, Sums& next_sums) {
+                                  const SpanRows& next_rows, const Unpacked& next_w, Sums& next_sums, const char* ahead,
+                                  int64_t bytes) {
     each<2>([&](auto tile) FASTLLM_INLINE {
       constexpr int kTile = decltype(tile)::value;
       float* const onto = total + kTile * kTileSums;
@@ -178,6 +179,9 @@ struct Product {
           store_sums<kI - kLag>(next_sums);
         }
         if constexpr (kNext) multiply<kI>(next_rows, next_w);
+        if (ahead)  // spread over the step: the few misses a core can have at once are soon in use
+          for (int64_t line = kI * bytes / kProducts; line < (kI + 1) * bytes / kProducts; line += 64)
+            __builtin_prefetch(ahead + line, 0, 3);
         const vf scale = load(w.scales[kPart] + kTile * kW);
         vf offset;
         if constexpr (kOffsets) offset = load(w.offsets[kPart] + kTile * kW);
@@ -199,20 +203,19 @@ struct Product {
   // Ends what was started for `now` and starts `next`.
   template <int R>
   static void run(const Work& now, const Work& next, Sums (&sums)[2], int& turn) {
-    int64_t s = 0;
-    for (; s + 1 < now.spans; ++s, turn ^= 1) {
-      step<R, true>(now.span[s], now.w[s], sums[turn], now.first && s == 0, now.total, now.span[s + 1], now.w[s + 1],
-                    sums[turn ^ 1]);
+    for (int64_t s = 0; s < now.spans; ++s, turn ^= 1) {
+      const bool first = now.first && s == 0, last = s + 1 == now.spans;
+      const char* ahead = now.ahead ? now.ahead + s * now.bytes : nullptr;
+      const SpanRows* rows = now.span + s;
+      const Unpacked* w = now.w + s;
+      if (!last || next.rows == now.rows) {
+        step<R, true>(*rows, *w, sums[turn], first, now.total, last ? *next.span : rows[1], last ? *next.w : w[1],
+                      sums[turn ^ 1], ahead, now.bytes);
+      } else {
+        step<R, false>(*rows, *w, sums[turn], first, now.total, *rows, *w, sums[turn ^ 1], ahead, now.bytes);
+        begin(next, sums[turn ^ 1]);
+      }
     }
-    if (next.rows == now.rows) {
-      step<R, true>(now.span[s], now.w[s], sums[turn], now.first && s == 0, now.total, *next.span, *next.w,
-                    sums[turn ^ 1]);
-    } else {
-      step<R, false>(now.span[s], now.w[s], sums[turn], now.first && s == 0, now.total, now.span[s], now.w[s],
-                     sums[turn ^ 1]);
-      begin(next, sums[turn ^ 1]);
-    }
-    turn ^= 1;
   }
 
   static void begin(const Work& next, Sums& sums) {
@@ -247,7 +250,7 @@ template <int kParts, bool kSigned, bool kOffsets>
 void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   using P = Product<kParts, kSigned, kOffsets>;
   const int64_t groups = groups_of(g), spans = spans_of(g.k), per_span = kSpan / g.group;
-  const int64_t bytes = quant_block_bytes(g.bits, g.group, g.offsets);
+  const int64_t bytes = quant_block_bytes(g.bits, g.group, g.offsets), span_bytes = per_span * bytes;
   Unpacked chunks[2][kChunk];
   Sums sums[2];
   alignas(64) float totals[kStripRows * kPanel];
@@ -284,7 +287,9 @@ void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
                 .last = s + count == spans,
                 .m = m,
                 .panel = p,
-                .total = totals + (m - strip) * kPanel});
+                .total = totals + (m - strip) * kPanel,
+                .ahead = m == strip ? w + (s + 2 * kChunk) * span_bytes : nullptr,
+                .bytes = span_bytes});
         }
       }
     }
