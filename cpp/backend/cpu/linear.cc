@@ -267,17 +267,18 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& 
 
 void CpuBackend::gated_linear(const Tensor& out, const Tensor& scratch, const Tensor& x, const PackedWeight& weight,
                               const float* bias, Activation act) {
-  const auto* w = dynamic_cast<const DenseWeight*>(&weight);
+  const auto& packed = static_cast<const CpuWeight&>(weight);
   const std::int64_t m = x.rows(), inner = out.cols(), panels = inner / kPanel;
-  if (w == nullptr || inner % kPanel != 0) {
+  if (packed.quant() != nullptr || inner % kPanel != 0) {
     Backend::gated_linear(out, scratch, x, weight, bias, act);
     return;
   }
-  assert(w->rows() == 2 * inner && out.dtype == x.dtype && out.rows() == m);
+  const auto& w = static_cast<const DenseWeight&>(packed);
+  assert(w.rows() == 2 * inner && out.dtype == x.dtype && out.rows() == m);
   if (m == 0) return;
   // Gates and what they let through meet in the cache of the thread that makes both.
   constexpr std::int64_t kChunk = 8;  // panels
-  const DenseProduct dense(kernels_, x, *w);
+  const DenseProduct dense(kernels_, x, w);
   const auto element = static_cast<std::int64_t>(size_of(out.dtype));
   const auto sums = [&](std::int64_t rows, std::int64_t p) {
     return round_up(dense.sums(rows, std::min(p, kChunk)), 32);
