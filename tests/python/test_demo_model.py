@@ -28,7 +28,7 @@ _STARTS = [
     "1, 1, 2, 3, 5, 8, 13,",
 ]
 NEW_TOKENS = 64
-NEAR_TIE = 0.1  # of logits; bfloat16 keeps steps of 0.06 to 0.125 of numbers from 8 to 32
+NEAR_TIE = 0.25  # of logits; bfloat16 keeps steps of 0.125 of numbers from 16 to 32
 
 
 @pytest.fixture(scope="module")
