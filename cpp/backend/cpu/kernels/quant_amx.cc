@@ -7,10 +7,10 @@
 //
 //     a span of 16 rows   tiles    part 0 of both column tiles, part 1, ...   sums are stored kLag products later, so
 //                                                                             that four tiles of sums are in flight
-//                         vectors  column tile 0, all parts; column tile 1    sums of 16 x 16 in registers
+//                         vectors  parts of 8 rows; of the other 8 rows       sums of 8 x 32 in registers
 //
-// Codes become signed bytes and scales fp32 once for kStripRows rows, kChunk spans at a time; two such chunks exist,
-// that of the step and that of the tiles' next step. Cost: N K (bits + 16 / G) / 8 bytes while M is small.
+// Codes become signed bytes and scales fp32 once for kStripRows rows, a chunk of spans at a time; two such chunks
+// exist, that of the step and that of the tiles' next step. Cost: N K (bits + 16 / G) / 8 bytes while M is small.
 // Benchmark: fastllm_bench_ops --benchmark_filter=Quant
 #include "backend/cpu/kernels/micro.h"
 #include "backend/cpu/kernels/quant.h"
@@ -22,8 +22,9 @@ namespace fastllm::cpu {
 namespace {
 
 constexpr int64_t kFewRows = 4;      // up to here vectors alone are faster
-constexpr int64_t kStripRows = 256;  // rows that share one unpacking
-constexpr int64_t kChunk = 2;        // spans unpacked together
+constexpr int64_t kManyRows = 128;   // from here on memory is not what counts
+constexpr int64_t kStripRows = 512;  // rows that share one unpacking
+constexpr int64_t kChunk = 2;        // spans unpacked together for many rows; one for few
 constexpr int64_t kTileSums = kTileRows * kW;
 
 // One span of a panel.
@@ -37,9 +38,9 @@ struct alignas(64) Sums {
   int32_t of[2][kSpan / kGroup][kTileSums];
 };
 
-// Sixteen rows, or what is left of them, times a chunk.
+// Rows of one tile times a chunk.
 struct Work {
-  int64_t rows;          // 0: nothing
+  int64_t rows;          // that exist; 0: nothing
   const SpanRows* span;  // the first
   const Unpacked* w;
   int64_t spans;
@@ -101,6 +102,10 @@ template <int T>
 FASTLLM_INLINE inline void store_tile(void* p) {
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t{64}), "i"(T) : "memory");
 }
+template <int T>
+FASTLLM_INLINE inline void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(T) : "memory");
+}
 template <bool kSigned, int C, int A, int B>
 FASTLLM_INLINE inline void dot_tiles() {
   if constexpr (kSigned) {
@@ -109,8 +114,6 @@ FASTLLM_INLINE inline void dot_tiles() {
     __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
   }
 }
-
-alignas(64) constexpr uint8_t kZeros[64] = {};  // a row of every tile of sums
 
 // Tiles 0 to 3: sums; 4, 5: A; 6, 7: B. Each k is one byte of a row of A, each four k are a row of B.
 void configure_rows(int64_t rows, int64_t k) {
@@ -139,7 +142,7 @@ struct Product {
   template <int kI>
   FASTLLM_INLINE static void multiply(const SpanRows& rows, const Unpacked& w) {
     constexpr int kSum = kI % 4, kTile = kI % 2, kPart = kI / 2, kA = 4 + kPart % 2, kB = 6 + kTile;
-    load_tile<kSum>(kZeros, 0);  // a product onto a tile after TILEZERO takes three times as long
+    zero_tile<kSum>();
     if constexpr (kTile == 0) load_tile<kA>(rows.codes[0] + kPart * kDepth, kSpan);
     load_tile<kB>(w.codes[kTile] + kPart * kDepth * kW, 64);
     dot_tiles<kSigned, kSum, kA, kB>();
@@ -163,39 +166,51 @@ struct Product {
   FASTLLM_INLINE static void step(const SpanRows& rows, const Unpacked& w, Sums& sums, bool first, float* total,
                                   const SpanRows& next_rows, const Unpacked& next_w, Sums& next_sums, const char* ahead,
                                   int64_t bytes) {
-    each<2>([&](auto tile) FASTLLM_INLINE {
-      constexpr int kTile = decltype(tile)::value;
-      float* const onto = total + kTile * kTileSums;
-      vf acc[R];
-      each<R>([&](auto at) FASTLLM_INLINE {
+    constexpr int kHalves = R / 8, kOfUnit = 2 / kHalves;  // products beside one part of 8 rows
+    each<kHalves>([&](auto half) FASTLLM_INLINE {
+      constexpr int kRow = decltype(half)::value * 8;
+      float* const onto = total + kRow * kW;
+      vf acc[8][2];
+      each<8>([&](auto at) FASTLLM_INLINE {
         constexpr int r = decltype(at)::value;
-        acc[r] = first ? vf{} : load(onto + r * kW);
+        acc[r][0] = first ? vf{} : load(onto + r * kW);
+        acc[r][1] = first ? vf{} : load(onto + kTileSums + r * kW);
       });
       each<kParts>([&](auto part) FASTLLM_INLINE {
-        constexpr int kPart = decltype(part)::value, kI = kTile * kParts + kPart;
-        if constexpr (kI < kLag) {
-          store_sums<kProducts - kLag + kI>(sums);
-        } else if constexpr (kNext) {
-          store_sums<kI - kLag>(next_sums);
-        }
-        if constexpr (kNext) multiply<kI>(next_rows, next_w);
-        if (ahead)  // spread over the step: the few misses a core can have at once are soon in use
-          for (int64_t line = kI * bytes / kProducts; line < (kI + 1) * bytes / kProducts; line += 64)
-            __builtin_prefetch(ahead + line, 0, 3);
-        const vf scale = load(w.scales[kPart] + kTile * kW);
-        vf offset;
-        if constexpr (kOffsets) offset = load(w.offsets[kPart] + kTile * kW);
-        each<R>([&](auto at) FASTLLM_INLINE {
+        constexpr int kPart = decltype(part)::value, kUnit = decltype(half)::value * kParts + kPart;
+        each<kOfUnit>([&](auto product) FASTLLM_INLINE {
+          constexpr int kI = kUnit * kOfUnit + decltype(product)::value;
+          if constexpr (kI < kLag) {
+            store_sums<kProducts - kLag + kI>(sums);
+          } else if constexpr (kNext) {
+            store_sums<kI - kLag>(next_sums);
+          }
+          if constexpr (kNext) multiply<kI>(next_rows, next_w);
+          if (ahead)  // spread over the step: the few misses a core can have at once are soon in use
+            for (int64_t line = kI * bytes / kProducts; line < (kI + 1) * bytes / kProducts; line += 64)
+              __builtin_prefetch(ahead + line, 0, 3);
+        });
+        const vf scales[2] = {load(w.scales[kPart]), load(w.scales[kPart] + kW)};
+        vf offsets[2];
+        if constexpr (kOffsets) offsets[0] = load(w.offsets[kPart]), offsets[1] = load(w.offsets[kPart] + kW);
+        each<8>([&](auto at) FASTLLM_INLINE {
           constexpr int r = decltype(at)::value;
-          const vi sum = reinterpret_cast<vi>(load_u32(sums.of[kTile][kPart] + r * kW));
-          vf y = scale * __builtin_convertvector(sum, vf);
-          if constexpr (kOffsets) y = fma(offset, set1(rows.sums[kPart][r]), y);
-          acc[r] = fma(set1(rows.steps[kPart][r]), y, acc[r]);
+          const vf xs = set1(rows.steps[kPart][kRow + r]);
+          vf s;
+          if constexpr (kOffsets) s = set1(rows.sums[kPart][kRow + r]);
+          each<2>([&](auto tile) FASTLLM_INLINE {
+            constexpr int kTile = decltype(tile)::value;
+            const vi sum = reinterpret_cast<vi>(load_u32(sums.of[kTile][kPart] + (kRow + r) * kW));
+            vf y = scales[kTile] * __builtin_convertvector(sum, vf);
+            if constexpr (kOffsets) y = fma(offsets[kTile], s, y);
+            acc[r][kTile] = fma(xs, y, acc[r][kTile]);
+          });
         });
       });
-      each<R>([&](auto at) FASTLLM_INLINE {
+      each<8>([&](auto at) FASTLLM_INLINE {
         constexpr int r = decltype(at)::value;
-        store(onto + r * kW, acc[r]);
+        store(onto + r * kW, acc[r][0]);
+        store(onto + kTileSums + r * kW, acc[r][1]);
       });
     });
   }
@@ -208,20 +223,13 @@ struct Product {
       const char* ahead = now.ahead ? now.ahead + s * now.bytes : nullptr;
       const SpanRows* rows = now.span + s;
       const Unpacked* w = now.w + s;
-      if (!last || next.rows == now.rows) {
+      if (!last || next.rows != 0) {
         step<R, true>(*rows, *w, sums[turn], first, now.total, last ? *next.span : rows[1], last ? *next.w : w[1],
                       sums[turn ^ 1], ahead, now.bytes);
       } else {
         step<R, false>(*rows, *w, sums[turn], first, now.total, *rows, *w, sums[turn ^ 1], ahead, now.bytes);
-        begin(next, sums[turn ^ 1]);
       }
     }
-  }
-
-  static void begin(const Work& next, Sums& sums) {
-    if (next.rows == 0) return;
-    configure_rows(next.rows, kDepth);
-    start(*next.span, *next.w, sums);
   }
 };
 
@@ -251,17 +259,21 @@ void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   using P = Product<kParts, kSigned, kOffsets>;
   const int64_t groups = groups_of(g), spans = spans_of(g.k), per_span = kSpan / g.group;
   const int64_t bytes = quant_block_bytes(g.bits, g.group, g.offsets), span_bytes = per_span * bytes;
+  const int64_t chunk_spans = m1 - m0 < kManyRows ? 1 : kChunk;
   Unpacked chunks[2][kChunk];
   Sums sums[2];
   alignas(64) float totals[kStripRows * kPanel];
   int chunk = 0, turn = 0;
+  // All tiles of rows have one height: another would have to wait for the pipeline to drain.
+  const bool high = m1 - m0 > 8;
+  const auto run = high ? P::template run<16> : P::template run<8>;
+  configure_rows(high ? 16 : 8, P::kDepth);
   Work now{};
   // What is pushed runs at the next call, beside the tiles' part of the work pushed then.
   const auto push = [&](const Work& next) {
     if (now.rows == 0) {
-      P::begin(next, sums[turn]);
+      P::start(*next.span, *next.w, sums[turn]);
     } else {
-      const auto run = now.rows > 8 ? P::template run<16> : P::template run<8>;
       run(now, next, sums, turn);
       if (now.last) finish_tile(g, now.m, now.rows, now.panel * kPanel, now.total);
     }
@@ -271,8 +283,8 @@ void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
     const char* w = static_cast<const char*>(g.w) + p * groups * bytes;
     for (int64_t strip = m0; strip < m1; strip += kStripRows) {
       const int64_t end = m1 - strip < kStripRows ? m1 : strip + kStripRows;
-      for (int64_t s = 0; s < spans; s += kChunk) {
-        const int64_t count = spans - s < kChunk ? spans - s : kChunk;
+      for (int64_t s = 0; s < spans; s += chunk_spans) {
+        const int64_t count = spans - s < chunk_spans ? spans - s : chunk_spans;
         chunk ^= 1;
         for (int64_t i = 0; i < count; ++i) {
           const int64_t first = (s + i) * per_span, left = groups - first;
@@ -288,7 +300,7 @@ void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
                 .m = m,
                 .panel = p,
                 .total = totals + (m - strip) * kPanel,
-                .ahead = m == strip ? w + (s + 2 * kChunk) * span_bytes : nullptr,
+                .ahead = m == strip ? w + (s + 2 * chunk_spans) * span_bytes : nullptr,
                 .bytes = span_bytes});
         }
       }
