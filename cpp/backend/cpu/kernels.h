@@ -80,6 +80,18 @@ struct QuantRows {
   const int32_t* order;  // [k]: number j of a row is x[order[j]]; null: x[j]
 };
 
+// Numbers of one row on their way to codes.
+struct CodeChoice {
+  const float* x;  // [n]
+  int64_t n;
+  int bits;        // of a code: 8 or 4
+  int64_t group;   // adjacent k: 32, 64 or 128
+  int zero;        // 0 with offsets
+  uint8_t* codes;  // [n]
+  float* scales;   // [ceil(n / group)], numbers of fp16
+  float* offsets;  // the same; null: symmetric
+};
+
 struct NormArgs {
   const void* x;                // [rows, cols]
   const float* delta;           // fp32 [rows, cols] added to x first, x (fp32) being updated; or null
@@ -169,6 +181,9 @@ struct Kernels {
   void (*gemm_quant)(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
   // gemm_quant() without the instructions that only some machines of this level have.
   void (*gemm_quant_plain)(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
+
+  // False when a number, or a scale or offset as fp16, is not finite. The same for all instruction sets, bit for bit.
+  bool (*choose_codes)(const CodeChoice& c);
 
   void (*norm)(const NormArgs& a, int64_t row0, int64_t row1);
   void (*add)(float* x, const float* y, int64_t n);

@@ -112,7 +112,7 @@ struct ProductCut {
 
 std::unique_ptr<PackedWeight> CpuBackend::pack(const HostMatrix& weight, DType compute) {
   assert(compute == DType::F32 || compute == DType::BF16);
-  if (weight.groups.bits != 0) return pack_groups(weight, pool_);
+  if (weight.groups.bits != 0) return pack_groups(weight, kernels_, pool_);
   auto packed = std::make_unique<DenseWeight>(weight.rows, weight.cols, compute);
   const std::int64_t k = weight.cols;
   const std::size_t rows_bytes = static_cast<std::size_t>(kPanel * k) * 4;

@@ -3,15 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <cassert>
-#include <cmath>
 #include <cstring>
 #include <exception>
 #include <mutex>
-#include <span>
 #include <utility>
 #include <vector>
 
-#include "fastllm/error.h"
+#include "backend/cpu/choose_codes.h"
 #include "tensor/dtype.h"
 
 namespace fastllm::cpu {
@@ -19,11 +17,6 @@ namespace {
 
 static_assert(kGroup == fastllm::kGroup);
 constexpr std::int64_t kTile = 16;  // columns
-
-// The numbers of a group and a code for each, as floats.
-using Numbers = std::span<const float>;
-using Chosen = std::span<float>;
-using Group = std::array<float, kSpan>;  // room for the largest
 
 std::int64_t groups_of(const GroupFormat& f, std::int64_t cols) { return (cols + f.size - 1) / f.size; }
 std::int64_t code_bytes(const GroupFormat& f) { return quant_code_bytes(f.bits, f.size); }
@@ -42,77 +35,6 @@ f16 load_half(const std::byte* p) {
   return x;
 }
 
-float round_to_half(float x) { return to_float(to_f16(x)); }
-
-// The nearest integer to x in [0, top], ties to even.
-float nearest(float x, float top) {
-  constexpr float kShift = 1.5f * (1 << 23);  // floats of this size are integers
-  return (std::min(std::max(x, 0.0f), top) + kShift) - kShift;
-}
-
-struct Line {
-  float scale = 0, offset = 0;
-};
-
-// Codes, as floats, for x on a line, and the squared error that is left.
-float place(Numbers x, Line line, float top, Chosen codes) {
-  const float inverse = line.scale > 0 ? 1 / line.scale : 0.0f;
-  float error = 0;
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    codes[i] = nearest((x[i] - line.offset) * inverse, top);
-    const float d = line.scale * codes[i] + line.offset - x[i];
-    error += d * d;
-  }
-  return error;
-}
-
-// The line with the least squared error for given codes.
-Line fit(Numbers x, Numbers codes) {
-  float sum_u = 0, sum_uu = 0, sum_x = 0, sum_ux = 0;
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    sum_u += codes[i], sum_uu += codes[i] * codes[i];
-    sum_x += x[i], sum_ux += codes[i] * x[i];
-  }
-  const auto n = static_cast<float>(x.size());
-  const float spread = n * sum_uu - sum_u * sum_u;
-  if (!(spread > 0)) return {0, sum_x / n};
-  const float scale = (n * sum_ux - sum_u * sum_x) / spread;
-  return {scale, (sum_x - scale * sum_u) / n};
-}
-
-Line rounded(Line line) { return {round_to_half(line.scale), round_to_half(line.offset)}; }
-
-// Spans that cut a little off both ends, each with the line that suits its codes best.
-Line choose_line(Numbers x, int bits, Chosen codes) {
-  const auto [low, high] = std::minmax_element(x.begin(), x.end());
-  const float top = static_cast<float>((1 << bits) - 1), span = *high - *low;
-  Line best = rounded({span / top, *low});
-  float least = place(x, best, top, codes);
-  if (bits > 4) return best;
-  for (const float cut : {0.0f, 0.03f, 0.06f, 0.1f, 0.15f}) {
-    Group room;
-    const Chosen tried = Chosen(room).first(x.size());
-    place(x, {span * (1 - 2 * cut) / top, *low + cut * span}, top, tried);
-    const Line line = rounded(fit(x, tried));
-    const float error = place(x, line, top, tried);
-    if (error >= least) continue;
-    least = error, best = line;
-    std::ranges::copy(tried, codes.begin());
-  }
-  return best;
-}
-
-float choose_scale(Numbers x, const GroupFormat& f, Chosen codes) {
-  float most = 0;
-  for (const float v : x) most = std::max(most, std::abs(v));
-  const int top = (1 << f.bits) - 1;
-  const float scale = round_to_half(most / static_cast<float>(std::min(f.zero, top - f.zero)));
-  const float inverse = scale > 0 ? 1 / scale : 0.0f;
-  const auto zero = static_cast<float>(f.zero);
-  for (std::size_t i = 0; i < x.size(); ++i) codes[i] = nearest(x[i] * inverse + zero, static_cast<float>(top));
-  return scale;
-}
-
 // Codes of up to kPanel rows, as HostMatrix::read_groups gives them.
 struct CodeRows {
   explicit CodeRows(const HostMatrix& m)
@@ -123,13 +45,13 @@ struct CodeRows {
         offsets(m.groups.offsets ? scales.size() : 0),
         numbers(m.read_groups ? 0 : codes.size()) {}
 
-  void read(const HostMatrix& m, std::int64_t begin, std::int64_t end) {
+  void read(const HostMatrix& m, const Kernels& kernels, std::int64_t begin, std::int64_t end) {
     float* off = offsets.empty() ? nullptr : offsets.data();
     if (m.read_groups) return m.read_groups(begin, end, codes.data(), scales.data(), off);
     m.read(begin, end, numbers.data());
     for (std::int64_t r = 0; r < end - begin; ++r) {
-      choose_codes(m.groups, numbers.data() + r * cols, cols, codes.data() + r * cols, scales.data() + r * groups,
-                   off == nullptr ? nullptr : off + r * groups);
+      choose_codes(kernels, m.groups, numbers.data() + r * cols, cols, codes.data() + r * cols,
+                   scales.data() + r * groups, off == nullptr ? nullptr : off + r * groups);
     }
   }
 
@@ -192,32 +114,7 @@ void QuantWeight::read_row(std::int64_t row, float scale, float* out) const {
   }
 }
 
-void choose_codes(const GroupFormat& format, const float* x, std::int64_t n, std::uint8_t* codes, float* scales,
-                  float* offsets) {
-  const auto size = static_cast<std::size_t>(format.size);
-  Group room, chosen_room;
-  const Chosen group = Chosen(room).first(size), chosen = Chosen(chosen_room).first(size);
-  for (std::int64_t begin = 0, g = 0; begin < n; begin += format.size, ++g) {
-    const auto width = static_cast<std::size_t>(std::min<std::int64_t>(format.size, n - begin));
-    // A shorter last group repeats its last number, which changes neither its ends nor its magnitude.
-    std::copy_n(x + begin, width, group.begin());
-    std::fill(group.begin() + static_cast<std::ptrdiff_t>(width), group.end(), group[width - 1]);
-    if (format.offsets) {
-      const Line line = choose_line(group, format.bits, chosen);
-      scales[g] = line.scale, offsets[g] = line.offset;
-    } else {
-      scales[g] = choose_scale(group, format, chosen);
-    }
-    float sum = 0;  // infinite or NaN when one of them is
-    for (const float v : group) sum += std::abs(v);
-    if (!std::isfinite(sum) || !std::isfinite(scales[g]) || (format.offsets && !std::isfinite(offsets[g])))
-      throw LoadError("a weight holds numbers that are not finite or too large to be quantised; load it without");
-    for (std::size_t i = 0; i < width; ++i)
-      codes[begin + static_cast<std::int64_t>(i)] = static_cast<std::uint8_t>(chosen[i]);
-  }
-}
-
-std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, ThreadPool& pool) {
+std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, const Kernels& kernels, ThreadPool& pool) {
   const ColumnOrder order = weight.read_groups ? weight.order : nullptr;
   auto packed = std::make_unique<QuantWeight>(weight.rows, weight.cols, weight.groups, order);
   const std::int64_t panels = packed->panels(), threads = pool.size();
@@ -228,7 +125,7 @@ std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, ThreadPool& p
       CodeRows rows(weight);
       for (std::int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; ++p) {
         const std::int64_t begin = p * kPanel, end = std::min(begin + kPanel, weight.rows);
-        rows.read(weight, begin, end);
+        rows.read(weight, kernels, begin, end);
         rows.pack(weight.groups, end - begin, packed->panel(p));
       }
     } catch (...) {

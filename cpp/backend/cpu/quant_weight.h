@@ -1,4 +1,4 @@
-// Weights that stay in groups of codes, and the choice of codes for numbers that have none.
+// Weights that stay in groups of codes.
 #pragma once
 
 #include <cstdint>
@@ -29,12 +29,6 @@ class QuantWeight final : public CpuWeight {
 // Packs a matrix as weight.groups says. Every thread writes the panels that it reads later when few rows are
 // multiplied, so that their pages are near it. Throws what the matrix throws, and LoadError when numbers are too large
 // for fp16 scales.
-std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, ThreadPool& pool);
-
-// Codes for x[0, n): symmetric ones reach the largest magnitude of each group, those with offsets span from its
-// smallest to its largest number; of 4 bits, several spans are tried and the one with the least squared error is taken.
-// codes: [n]; scales, offsets: [ceil(n / format.size)], numbers of fp16; offsets null without.
-void choose_codes(const GroupFormat& format, const float* x, std::int64_t n, std::uint8_t* codes, float* scales,
-                  float* offsets);
+std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, const Kernels& kernels, ThreadPool& pool);
 
 }  // namespace fastllm::cpu

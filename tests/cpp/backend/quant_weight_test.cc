@@ -1,4 +1,4 @@
-// Weights in groups: what is packed can be read back, codes are chosen well, and products are those of the quantised
+// Weights in groups: what is packed can be read back, and products are those of the quantised
 // numbers, in fp64, for every instruction set and batch.
 #include "backend/cpu/quant_weight.h"
 
@@ -255,64 +255,6 @@ TEST_P(QuantWeights, pack_reports_a_failing_reader_and_numbers_that_cannot_be_qu
 }
 
 FASTLLM_TEST_ALL_ISAS(QuantWeights);
-
-// Squared error over the squared numbers.
-double relative_error(const GroupFormat& f, const std::vector<float>& x) {
-  const auto size = static_cast<std::size_t>(f.size);
-  const std::size_t groups = (x.size() + size - 1) / size;
-  std::vector<std::uint8_t> codes(x.size());
-  std::vector<float> scales(groups), offsets(groups);
-  cpu::choose_codes(f, x.data(), static_cast<std::int64_t>(x.size()), codes.data(), scales.data(),
-                    f.offsets ? offsets.data() : nullptr);
-  double error = 0, all = 0;
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    const std::size_t g = i / size;
-    EXPECT_EQ(to_float(to_f16(scales[g])), scales[g]);
-    EXPECT_EQ(to_float(to_f16(offsets[g])), offsets[g]);
-    EXPECT_LT(codes[i], 1 << f.bits);
-    const double w = static_cast<double>(scales[g]) * (codes[i] - f.zero) + offsets[g];
-    error += (w - x[i]) * (w - x[i]), all += static_cast<double>(x[i]) * x[i];
-  }
-  return error / all;
-}
-
-TEST(ChooseCodes, error_is_small_for_normal_numbers) {
-  test_seed();
-  Random random;
-  std::vector<float> x;
-  for (int i = 0; i < 32 * 500 + 13; ++i) x.push_back(random.normal(0.02f));
-  EXPECT_LT(relative_error({8, false, 128}, x), 3e-5);
-  EXPECT_LT(relative_error({8, true, 0}, x), 3e-5);
-  // Spanning the numbers from end to end would leave 6.5e-3.
-  EXPECT_LT(relative_error({4, true, 0}, x), 6e-3);
-  EXPECT_LT(relative_error({4, false, 8}, x), 2e-2);
-  EXPECT_LT(relative_error({8, false, 128, 128}, x), 5e-5);
-  EXPECT_LT(relative_error({4, true, 0, 128}, x), 1.2e-2);
-  EXPECT_LT(relative_error({4, false, 8, 64}, x), 2.5e-2);
-}
-
-TEST(ChooseCodes, numbers_on_the_grid_are_exact) {
-  test_seed();
-  Random random;
-  std::vector<float> x;
-  for (int i = 0; i < 64; ++i)
-    x.push_back(0.125f * static_cast<float>(i % 32 < 2 ? i % 2 * 15 : random.below(16)) - 0.5f);
-  EXPECT_EQ(relative_error({4, true, 0}, x), 0);
-  for (int i = 0; i < 64; ++i)
-    x[static_cast<std::size_t>(i)] = 0.25f * static_cast<float>(i % 32 == 0 ? -127 : random.below(255) - 127);
-  EXPECT_EQ(relative_error({8, false, 128}, x), 0);
-}
-
-TEST(ChooseCodes, equal_and_tiny_numbers_keep_their_value) {
-  for (const GroupFormat& f : kFormats) {
-    const auto size = static_cast<std::size_t>(f.size);
-    std::vector<float> x(size, 0.0f);
-    x[0] = 1;  // so that there is something to relate to
-    x.insert(x.end(), size + 8, 0.5f);
-    x.insert(x.end(), size, 1e-12f);
-    EXPECT_LT(relative_error(f, x), f.zero == 16 ? 1e-3 : 1e-5) << text_of(f);
-  }
-}
 
 }  // namespace
 }  // namespace fastllm::test

@@ -52,11 +52,23 @@ inline vf max(vf a, vf b) {  // b where either is NaN
   return _mm512_max_ps(a, b);
 #elif defined(__AVX2__)
   return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
 #else
   return a > b ? a : b;
 #endif
 }
-inline vf min(vf a, vf b) { return -max(-a, -b); }
+inline vf min(vf a, vf b) {  // b where either is NaN
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 inline vf reciprocal(vf x) {  // to 1 ulp, for 0 < |x| < 2^126
 #if defined(__AVX512F__)
   const vf r = _mm512_rcp14_ps(x);  // 14 bits, and twice that after one Newton step: a fifth of a division's time
