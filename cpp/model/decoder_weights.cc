@@ -1,5 +1,10 @@
 #include "model/decoder_weights.h"
 
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
+
 #include "fastllm/error.h"
 #include "model/dequant_groups.h"
 
@@ -15,7 +20,7 @@ class Packer {
   std::unique_ptr<PackedWeight> matrix(const std::string& name, WeightUse use) {
     const OwnGroups own = loader_.own_groups(name);
     if (!own.why_none.empty()) inflated_.push_back(name + ": " + own.why_none);
-    auto packed = backend_.pack(loader_.matrix(name, choose_groups(quantization_, use, own.format)), compute_);
+    auto packed = backend_.pack(watched(name, choose_groups(quantization_, use, own.format)), compute_);
     report(name);
     return packed;
   }
@@ -50,9 +55,38 @@ class Packer {
   std::vector<std::string> take_inflated() { return std::move(inflated_); }
 
  private:
+  // The matrix, reporting while it is read: a large one would otherwise be done all at once. Any thread may read it;
+  // the loading thread reports what all have read.
+  HostMatrix watched(const std::string& name, const GroupFormat& groups) {
+    HostMatrix matrix = loader_.matrix(name, groups);
+    const std::int64_t row_bytes = loader_.source_bytes(name) / std::max<std::int64_t>(matrix.rows, 1);
+    const auto rows = std::make_shared<std::atomic<std::int64_t>>(0);
+    const auto count = [this, row_bytes, rows, loading = std::this_thread::get_id()](std::int64_t n) {
+      const std::int64_t read = rows->fetch_add(n, std::memory_order_relaxed) + n;
+      if (std::this_thread::get_id() == loading) report_within(read * row_bytes);
+    };
+    const auto watch = [&count](auto& read) {
+      if (!read) return;
+      read = [whole = std::move(read), count](std::int64_t begin, std::int64_t end, auto*... out) {
+        whole(begin, end, out...);
+        count(end - begin);
+      };
+    };
+    watch(matrix.read), watch(matrix.read_bf16), watch(matrix.read_groups);
+    return matrix;
+  }
+
+  void report_within(std::int64_t bytes) {
+    constexpr std::int64_t kEvery = 4 << 20;  // bytes
+    const std::int64_t done = std::min(done_ + bytes, loader_.total_bytes());
+    if (!progress_ || done < reported_ + kEvery) return;
+    reported_ = done;
+    progress_(done, loader_.total_bytes());
+  }
   void report(const std::string& name) {
     done_ += loader_.source_bytes(name);
-    if (progress_) progress_(done_, loader_.total_bytes());
+    reported_ = std::max(reported_, done_);
+    if (progress_) progress_(reported_, loader_.total_bytes());
   }
 
   const WeightLoader& loader_;
@@ -60,7 +94,7 @@ class Packer {
   DType compute_;
   const LoadProgress& progress_;
   Quantization quantization_;
-  std::int64_t done_ = 0;  // bytes
+  std::int64_t done_ = 0, reported_ = 0;  // bytes
   std::vector<std::string> inflated_;
 };
 

@@ -54,7 +54,7 @@ class PageRelease:
     """Lets go of the physical pages of mapped tensors every so many bytes, so that loading does not keep the checkpoint
     in memory beside the packed weights. Pages that are needed again come back from the file."""
 
-    _EVERY = 64 << 20  # bytes
+    _EVERY = 8 << 20  # bytes
 
     def __init__(self, tensors: Iterable[FileTensor]) -> None:
         views = [part.data.obj for t in tensors for part in t.parts()]
