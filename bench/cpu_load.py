@@ -151,7 +151,7 @@ def main() -> None:
     for model, precision in cases:
         results.append(measure(model, precision, args))
         if args.json:
-            Path(args.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
+            Path(args.json).write_text(json.dumps({"results": results}, indent=1), encoding="utf-8")
     print(load_table(results))
 
 

@@ -5,8 +5,8 @@ python bench/cpu_report.py --build build/release --out results --models smollm2-
 python bench/cpu_report.py --out results --models FOLDER --precisions bf16,int8 --peer vLLM=vllm.json --time-limit 900
 python bench/cpu_report.py --out results --only tables --peer llama.cpp=llama.jsonl    # from what is in the folder
 
-The ceilings come from fastllm_bench_ops, everything else from cpu_workloads.py, a process per model and precision; one
-that fails or takes too long does not stop the rest. Shares of the ceiling: weights and cached keys and values over the
+The ceilings come from fastllm_bench_ops, loading from cpu_load.py for models that have files, everything else from
+cpu_workloads.py, a process per model and precision; one that fails or takes too long does not stop the rest. Shares of the ceiling: weights and cached keys and values over the
 read bandwidth, or operations over the peak of the matrix units, whichever takes longer. A peer's file has prefill_tps,
 decode_tps and batch_out_tps of the same work and names its model.
 """
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cpu_load
 import cpu_tables
 import shapes
 from cpu_roofline import Machine
@@ -28,7 +29,7 @@ from gpu_report import read_json, run
 from gpu_tables import belongs
 from tables import find_pyplot
 
-PARTS = ("ceilings", "workloads")
+PARTS = ("ceilings", "load", "workloads")
 _CEILINGS_S = 60.0
 _WORKLOADS_S = 300.0  # of one model in one precision
 
@@ -41,6 +42,14 @@ def ceilings_command(args: argparse.Namespace) -> list[str]:
     program = str(args.build / "bench" / "fastllm_bench_ops")
     file = args.out / "ceilings.json"
     return [program, "--benchmark_filter=Ceilings", f"--benchmark_out={file}", "--benchmark_out_format=json"]
+
+
+def load_command(args: argparse.Namespace, models: list[str]) -> list[str]:
+    program = [sys.executable, str(Path(__file__).parent / "cpu_load.py")]
+    precisions = ",".join(args.precisions)
+    cases = [f"{model}@{'gguf' if Path(model).is_file() else precisions}" for model in models]
+    options = ["--cpu-threads", str(args.cpu_threads), "--repeats", str(args.repeats)]
+    return [*program, *cases, *options, "--json", str(args.out / "load.json")]
 
 
 def workload_command(args: argparse.Namespace, model: str, precision: str, seconds: float) -> list[str]:
@@ -59,6 +68,10 @@ def measure(args: argparse.Namespace) -> bool:
     if "ceilings" in args.only:
         seconds = min(_CEILINGS_S, end - time.monotonic())
         ok &= run(ceilings_command(args), args.out / "ceilings.json", seconds)
+    stored = [model for model in args.models if cpu_load.weight_files(Path(model))]
+    if "load" in args.only and stored:
+        seconds = min(args.timeout * len(stored), end - time.monotonic())
+        ok &= run(load_command(args, stored), args.out / "load.json", seconds)
     for model in args.models if "workloads" in args.only else []:
         for precision in args.precisions:
             seconds = min(args.timeout, end - time.monotonic())
@@ -71,8 +84,9 @@ def tables(args: argparse.Namespace) -> None:
     """Prints, plots and gathers what the folder and the peers' files hold."""
     ceilings = read_json(args.out / "ceilings.json")
     machine = Machine.of_benchmark(ceilings)
-    everything: dict[str, Any] = {"ceilings": ceilings}
-    text = cpu_tables.ceiling_table(ceilings)
+    loads = read_json(args.out / "load.json").get("results", [])
+    everything: dict[str, Any] = {"ceilings": ceilings, "load": loads}
+    text = cpu_tables.ceiling_table(ceilings) + (cpu_load.load_table(loads) if loads else "")
     for model in args.models:
         name = Path(model).name
         results = {precision: read_json(file_of(args.out, model, precision)) for precision in args.precisions}

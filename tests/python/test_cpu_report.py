@@ -176,3 +176,12 @@ def test_a_failing_part_does_not_stop_the_tables(tmp_path: Path) -> None:
     done = run_report("--out", str(tmp_path), "--build", str(tmp_path / "nothing"), "--only", "ceilings")
     assert done.returncode == 1 and "failed" in done.stdout
     assert (tmp_path / "cpu_report.md").exists()
+
+
+def test_loading_is_measured_where_there_are_files(llama: Path, tmp_path: Path) -> None:
+    what = ["--models", f"tiny,{llama}", "--precisions", "int8", "--repeats", "1", "--only", "load"]
+    done = run_report("--out", str(tmp_path), *what)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    (load,) = json.loads((tmp_path / "cpu_report.json").read_text())["load"]
+    assert (load["model"], load["precision"]) == (str(llama), "int8")
+    assert "Loading from the page cache" in (tmp_path / "cpu_report.md").read_text()

@@ -82,7 +82,7 @@ def test_loading_is_measured_beside_reading(llama: Path, tmp_path: Path) -> None
     env = {**os.environ, "PYTHONPATH": str(Path(_core.__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
-    results = json.loads(file.read_text())
+    results = json.loads(file.read_text())["results"]
     assert [one["precision"] for one in results] == ["bf16", "int8"]
     for one in results:
         assert one["file_bytes"] == sum(f.stat().st_size for f in llama.glob("*.safetensors")) > 0
