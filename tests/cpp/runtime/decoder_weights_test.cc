@@ -2,6 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <thread>
+#include <vector>
+
 #include "fastllm/error.h"
 #include "model_fixture.h"
 
@@ -52,6 +56,27 @@ TEST(DecoderWeights, test_fewer_bits_take_less_memory) {
   EXPECT_EQ(bytes(Quantization::None), dense);
   EXPECT_LT(int8, dense * 3 / 4);
   EXPECT_LT(bytes(Quantization::Int4), int8 * 3 / 4);
+}
+
+TEST(DecoderWeights, test_progress_comes_from_the_loading_thread_within_large_weights_too) {
+  ModelSpec spec = testing::llama_spec();
+  spec.embed.vocab = 100'000;
+  const auto model = testing::random_model(spec, 1);
+  const ModelSource source = model.source();
+  const WeightLoader loader(source, 0, 1);
+  for (const Quantization q : {Quantization::None, Quantization::Int8}) {
+    const auto backend = make_cpu_backend(3);
+    std::vector<std::int64_t> seen;
+    const auto progress = [&, loading = std::this_thread::get_id()](std::int64_t done, std::int64_t total) {
+      EXPECT_EQ(std::this_thread::get_id(), loading);
+      EXPECT_EQ(total, loader.total_bytes());
+      seen.push_back(done);
+    };
+    load_decoder_weights(loader, *backend, DType::F32, progress, q);
+    EXPECT_TRUE(std::is_sorted(seen.begin(), seen.end()));
+    EXPECT_GT(seen.size(), source.weights.size());
+    EXPECT_EQ(seen.back(), loader.total_bytes());
+  }
 }
 
 }  // namespace
