@@ -6,9 +6,10 @@ python bench/cpu_report.py --out results --models FOLDER --precisions bf16,int8 
 python bench/cpu_report.py --out results --only tables --peer llama.cpp=llama.jsonl    # from what is in the folder
 
 The ceilings come from fastllm_bench_ops, loading from cpu_load.py for models that have files, everything else from
-cpu_workloads.py, a process per model and precision; one that fails or takes too long does not stop the rest. Shares of the ceiling: weights and cached keys and values over the
-read bandwidth, or operations over the peak of the matrix units, whichever takes longer. A peer's file has prefill_tps,
-decode_tps and batch_out_tps of the same work and names its model.
+cpu_workloads.py, a process per model and precision; one that fails or takes too long does not stop the rest. Shares of
+the ceiling: weights and cached keys and values over the read bandwidth, or operations over the peak of the matrix
+units, whichever takes longer. A peer's file has prefill_tps, decode_tps and batch_out_tps of the same work and names
+its model.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cassert>
+#include <cstring>
 
 #include "model/dequant.h"
 #include "model/dequant_blocks.h"
@@ -116,11 +117,15 @@ void read_groups(SourceType type, const GroupFormat& f, const std::byte* row, st
   const GroupFormat own = groups_of(type);
   const std::int64_t per_block = source.block_elements / kGroup;
   const int shift = f.offsets ? 0 : f.zero - own.zero;
+  const std::byte* block = row + first / per_block * source.block_bytes;
+  std::int64_t of_block = first % per_block;
   Group group;
   for (std::int64_t i = 0; i < n; ++i, codes += kGroup) {
-    const std::byte* block = row + (first + i) / per_block * source.block_bytes;
-    read_group(type, block, static_cast<int>((first + i) % per_block), group);
-    for (std::size_t k = 0; k < group.codes.size(); ++k) codes[k] = static_cast<std::uint8_t>(group.codes[k] + shift);
+    read_group(type, block, static_cast<int>(of_block), group);
+    if (++of_block == per_block) of_block = 0, block += source.block_bytes;
+    if (shift != 0)
+      for (std::uint8_t& code : group.codes) code = static_cast<std::uint8_t>(code + shift);
+    std::memcpy(codes, group.codes.data(), group.codes.size());
     scales[i] = group.scale;
     if (f.offsets) offsets[i] = own.offsets ? group.offset : -group.scale * static_cast<float>(own.zero);
   }
