@@ -44,10 +44,15 @@ void AttnPlan::make(std::span<const AttnRow> rows, int threads) {
   for (const AttnRow& row : rows) few_token_tiles += row.num_tokens <= kSplitTokens ? tiles_of(row) : 0;
   piece_tiles_ = std::max(kMinPieceTiles, few_token_tiles / (threads * kPiecesAThread));
   for (std::size_t r = 0; r < rows.size(); ++r) add_row(static_cast<std::int32_t>(r), rows[r]);
-  // The longest first: what is left for the end is short.
+  // The longest first: what is left for the end is short. Dealt out, so that every thread's range has as much to do.
   std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
     return (a.tile_end - a.tile_begin) * (a.tokens + 4) > (b.tile_end - b.tile_begin) * (b.tokens + 4);
   });
+  const std::vector<Item> sorted = items;
+  const auto stride = static_cast<std::size_t>(threads);
+  auto to = items.begin();
+  for (std::size_t first = 0; first < stride; ++first)
+    for (std::size_t i = first; i < sorted.size(); i += stride) *to++ = sorted[i];
 }
 
 void AttnPlan::add_row(std::int32_t r, const AttnRow& row) {
@@ -117,11 +122,19 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const Step& base,
     for (std::size_t i = 0; i < num_splits; ++i) left[i] = plan.splits[i / static_cast<std::size_t>(kv_heads)].pieces;
   }
 
-  share(static_cast<std::int64_t>(plan.items.size()) * kv_heads, [&](std::int64_t i, int thread) {
-    const AttnPlan::Item& item = plan.items[static_cast<std::size_t>(i / kv_heads)];
+  const std::int64_t tasks = static_cast<std::int64_t>(plan.items.size()) * kv_heads;
+  const auto item_of = [&](std::int64_t i) -> const AttnPlan::Item& {
+    return plan.items[static_cast<std::size_t>(i / kv_heads)];
+  };
+  share_ranges(tasks, [&](std::int64_t i, int thread) {
+    const AttnPlan::Item& item = item_of(i);
     const int head = static_cast<int>(i % kv_heads);
     float* mine = scratch + thread * scratch_floats;
-    AttnTask task = task_of(item, head);
+    AttnTask task = task_of(item, head), then;
+    if (i + 1 < tasks) {
+      then = task_of(item_of(i + 1), static_cast<int>((i + 1) % kv_heads));
+      task.then = &then;
+    }
     if (item.split < 0) {
       kernels_.attend(task, mine);
       return;

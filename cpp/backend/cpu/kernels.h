@@ -140,6 +140,7 @@ struct AttnTask {
   const float* slopes;           // [group] or null
   int64_t tile_begin, tile_end;  // KV tiles of this task
   float* partials;               // [tile][partial_floats()], tile 0 first; null: finish in place
+  const AttnTask* then;          // what this thread is likely to do next, or null: its first tiles are asked for
 };
 
 // Size of one softmax partial: weighted values, then maxima and sums. `queries` = group * tokens.

@@ -9,8 +9,7 @@
 // threads, so neither does a bit of the result. A tile is widened to fp32 once, keys transposed, for all heads of the
 // group and all query tokens. Cost: 4 head_dim operations per query, head and position; 2 head_dim size_of(kv) bytes
 // per position. Benchmark: --benchmark_filter=Attention
-#include "backend/cpu/kernels/attention.h"
-
+#include "backend/cpu/kernels/attention_merge.h"
 #include "backend/cpu/kernels/micro.h"
 
 namespace fastllm::cpu {
@@ -87,79 +86,10 @@ void attend_tile(const AttnTask& t, const Work& w, int64_t tile, float* out) {
   small_gemm(w.queries, w.dim, kKvTile, w.scores, kKvTile, w.values, w.dim, out, w.dim);
 }
 
-void clear_total(const Work& w) {
-  const int64_t padded = round_up(w.queries, 16);
-  float* maxima = w.total + w.queries * w.dim;
-  __builtin_memset(w.total, 0, static_cast<size_t>(partial_floats(w.queries, w.dim)) * 4);
-  for (int64_t i = 0; i < padded; ++i) maxima[i] = kNone;
-}
-
-void merge_tile(const Work& w, const float* tile) {
-  const int64_t padded = round_up(w.queries, 16);
-  float* maxima = w.total + w.queries * w.dim;
-  float* sums = maxima + padded;
-  const float* tile_maxima = tile + w.queries * w.dim;
-  const float* tile_sums = tile_maxima + padded;
-  for (int64_t i = 0; i < w.queries; i += kW) {
-    const vf old_m = load(maxima + i), new_m = load(tile_maxima + i);
-    const vf m = max(old_m, new_m);
-    const vf keep = exp(old_m - m), take = exp(new_m - m);
-    store(maxima + i, m);
-    store(sums + i, fma(load(sums + i), keep, load(tile_sums + i) * take));
-    for (int64_t q = i; q < i + kW && q < w.queries; ++q) {
-      float* to = w.total + q * w.dim;
-      const float* from = tile + q * w.dim;
-      const vf a = set1(keep[q - i]), b = set1(take[q - i]);
-      for (int64_t d = 0; d < w.dim; d += kW) store(to + d, fma(load(to + d), a, load(from + d) * b));
-    }
-  }
-}
-
-template <class T>
-void write_out(const AttnTask& t, const Work& w) {
-  const float* sums = w.total + w.queries * w.dim + round_up(w.queries, 16);
-  for (int64_t i = 0; i < w.queries; ++i) {
-    T* out = static_cast<T*>(t.out) + (i / t.group) * t.out_stride + (i % t.group) * t.head_dim;
-    const float inverse = 1.0f / sums[i];
-    const float* from = w.total + i * w.dim;
-    for_vectors(t.head_dim, [&](int64_t d, int64_t lanes) { store_some(out + d, load(from + d) * inverse, lanes); });
-  }
-}
-
-// Padding lanes of maxima and sums are read by merge_tile() and must be finite.
-void clear_padding(const Work& w, float* tile) {
-  const int64_t padded = round_up(w.queries, 16);
-  float* maxima = tile + w.queries * w.dim;
-  for (int64_t i = w.queries; i < padded; ++i) {
-    maxima[i] = kNone;
-    maxima[padded + i] = 0.0f;
-  }
-}
-
-// Every tile of the task through `one_tile`, kept apart or merged.
-template <class F>
-void attend_tiles(const AttnTask& t, const Work& w, F&& one_tile) {
-  const int64_t size = partial_floats(w.queries, w.dim);
-  if (t.partials) {
-    for (int64_t tile = t.tile_begin; tile < t.tile_end; ++tile) {
-      clear_padding(w, t.partials + tile * size);
-      one_tile(t, w, tile, t.partials + tile * size);
-    }
-    return;
-  }
-  clear_total(w);
-  clear_padding(w, w.tile);
-  for (int64_t tile = t.tile_begin; tile < t.tile_end; ++tile) {
-    one_tile(t, w, tile, w.tile);
-    merge_tile(w, w.tile);
-  }
-  t.bf16 ? write_out<uint16_t>(t, w) : write_out<float>(t, w);
-}
-
 void attend(const AttnTask& t, float* scratch) {
   const Work w = layout(t, scratch);
   t.bf16 ? load_queries<uint16_t>(t, w) : load_queries<float>(t, w);
-  attend_tiles(t, w, attend_tile);
+  attend_tiles(t, w, [&](int64_t tile, float* out) { attend_tile(t, w, tile, out); });
 }
 
 #if defined(__AMX_BF16__)
@@ -168,14 +98,7 @@ void attend_on_tiles(const AttnTask& t, float* scratch) {
   const bool codes = t.kv_type == KvType::I8;
   if (!t.bf16 || t.kv_type == KvType::F32 || (codes && !kByteTiles)) return attend(t, scratch);
   const Work w = layout(t, scratch);
-  if (codes) {
-    FASTLLM_ISA::begin_byte_tiles(t, w);
-    attend_tiles(t, w, FASTLLM_ISA::attend_tile_int8);
-  } else {
-    FASTLLM_ISA::begin_tiles(t, w);
-    attend_tiles(t, w, FASTLLM_ISA::attend_tile_bf16);
-  }
-  FASTLLM_ISA::end_tiles();
+  codes ? FASTLLM_ISA::attend_codes(t, w) : FASTLLM_ISA::attend_bf16(t, w);
 }
 #endif
 
@@ -184,7 +107,7 @@ void merge(const AttnTask& t, float* scratch) {
   const int64_t size = partial_floats(w.queries, w.dim);
   clear_total(w);
   for (int64_t tile = t.tile_begin; tile < t.tile_end; ++tile) merge_tile(w, t.partials + tile * size);
-  t.bf16 ? write_out<uint16_t>(t, w) : write_out<float>(t, w);
+  write_out(t, w);
 }
 
 }  // namespace

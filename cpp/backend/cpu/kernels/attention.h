@@ -17,11 +17,11 @@ struct Work {
   float* steps;          // [queries], of int8
   float* keys;           // fp32 [head_dim, 64], or rows
   float* values;         // fp32 [64, dim], or tiles
-  float* scores;         // fp32 [queries, 64]; on tiles [64, 16]
+  float* scores;         // fp32 [queries, 64]; on tiles two of [64, 16]
   float* p;              // two tiles
-  float* products;       // int32 [2, 16, max(64, dim)]
-  float* tile;           // [queries, dim]; then maxima and sums [queries] each
-  float* total;          // the same, merged
+  float* products;       // int32 two of [2, 64, 16], then [2, 16, dim]
+  float* tile;           // two of [queries, dim], then maxima and sums [queries] each
+  float* total;          // the same once, merged
 };
 
 }  // namespace FASTLLM_ISA
@@ -42,10 +42,10 @@ inline void each_part(int64_t queries, int64_t head_dim, F&& f) {
   f(&Work::steps, padded);
   f(&Work::keys, kKvTile * dim);
   f(&Work::values, kKvTile * dim);
-  f(&Work::scores, padded * kKvTile > 16 * dim ? padded * kKvTile : 16 * dim);
+  f(&Work::scores, (padded > 32 ? padded : 32) * kKvTile + 16 * dim);
   f(&Work::p, int64_t{512});
-  f(&Work::products, 2 * 16 * dim);
-  f(&Work::tile, partial_floats(queries, head_dim));
+  f(&Work::products, 4 * kKvTile * 16 + 2 * 16 * dim);
+  f(&Work::tile, 2 * partial_floats(queries, head_dim));
   f(&Work::total, partial_floats(queries, head_dim));
 }
 
@@ -77,7 +77,9 @@ inline void find_keys(const AttnTask& t, int64_t begin, int64_t n, const T** row
   int64_t block = begin / t.block_size, slot = begin % t.block_size;
   for (int64_t j = 0; j < n; ++block, slot = 0) {
     const T* row = static_cast<const T*>(t.kv) + t.table[block] * t.block_stride + slot * t.head_dim;
-    for (; slot < t.block_size && j < n; ++slot, ++j, row += t.head_dim) rows[j] = row;
+    const int64_t count = t.block_size - slot < n - j ? t.block_size - slot : n - j;
+    for (int64_t i = 0; i < count; ++i) rows[j + i] = row + i * t.head_dim;
+    j += count;
   }
 }
 
@@ -164,14 +166,10 @@ inline void soften(const AttnTask& t, int64_t query, int64_t begin, const float*
 
 #if defined(__AMX_BF16__)
 namespace FASTLLM_ISA {
-// The tile paths, for bf16 activations: attention_amx.cc and attention_amx_int8.cc. begin_...() loads the queries too;
-// end_tiles() frees the unit.
-void begin_tiles(const AttnTask& t, const Work& w);
-void attend_tile_bf16(const AttnTask& t, const Work& w, int64_t tile, float* out);
-void begin_byte_tiles(const AttnTask& t, const Work& w);
-void attend_tile_int8(const AttnTask& t, const Work& w, int64_t tile, float* out);
-void end_tiles();
-bool has_byte_tiles();  // AMX-INT8 is another bit of CPUID than AMX-BF16
+// The tile paths, for bf16 activations: attention_amx.cc and attention_amx_int8.cc.
+void attend_bf16(const AttnTask& t, const Work& w);   // bf16 and fp16 caches
+void attend_codes(const AttnTask& t, const Work& w);  // int8 caches
+bool has_byte_tiles();                                // AMX-INT8 is another bit of CPUID than AMX-BF16
 }  // namespace FASTLLM_ISA
 #endif
 

@@ -21,28 +21,31 @@ inline vf load_bf16(const Half* p, int64_t n) {
 }
 
 template <class T>
-KeyRows find_key_rows(const AttnTask& t, const Work& w, const TileRows<T>& rows) {
-  if (!__is_same(T, Half) && keys_in_place(t, rows)) return rows_in_place(rows);
+KeyRows find_key_rows(const AttnTask& t, const Work& w, const TileReader<T>& reader, int64_t tile) {
+  const TileRows<T>& rows = reader.at(tile);
+  if (!__is_same(T, Half) && keys_in_place(t, reader)) return rows_in_place(rows, reader.row_bytes());
   return copy_rows(w, rows, round_up(t.head_dim, 32) * 2,
                    [&](const T* row, int64_t i) { return load_bf16(row + i / 2, t.head_dim - i / 2); });
 }
 
 // Two positions interleave: tiles [2][dim / 16][16 position pairs][16 dims][2]. Positions from `valid` on are zero.
 template <class T, bool kWhole>
-void interleave_values(const AttnTask& t, const Work& w, const TileRows<T>& rows) {
+void interleave_values(const AttnTask& t, const Work& w, const TileReader<T>& reader, const TileRows<T>& rows) {
   // Unpacking works within 128 bits: the eight quads of dims are dealt out so that its halves are 16 dims in order.
   const __m512i deal = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   auto* to = reinterpret_cast<char*>(w.values);
   for (int64_t j = 0; j < kKvTile; j += 2) {
-    rows.ask(j, t.kv_stride);
-    rows.ask(j + 1, t.kv_stride);
+    for (int64_t i = 0; i < 2; ++i) {
+      reader.ask_values(j + i);
+      reader.ask_keys(j + i);
+    }
     char* tile = to + j / 32 * (w.dim / 16) * kTileBytes + j % 32 * 32;
     for (int64_t d = 0; d < t.head_dim; d += 32, tile += 2 * kTileBytes) {
       __m512i pair[2];
       for (int64_t i = 0; i < 2; ++i) {
         vf v{};
         if (kWhole || j + i < rows.valid)
-          v = load_bf16(rows.now[j + i] + t.kv_stride + d, kWhole ? 32 : t.head_dim - d);
+          v = load_bf16(rows.keys[j + i] + t.kv_stride + d, kWhole ? 32 : t.head_dim - d);
         pair[i] = _mm512_permutexvar_epi64(deal, reinterpret_cast<__m512i>(v));
       }
       _mm512_storeu_si512(tile, _mm512_unpacklo_epi16(pair[0], pair[1]));
@@ -51,9 +54,11 @@ void interleave_values(const AttnTask& t, const Work& w, const TileRows<T>& rows
   }
 }
 
-// q: tiles [k][16 dim pairs][16 queries][2]; s: [64][16]
+// q: tiles [k][16 dim pairs][16 queries][2]; s: [64][room]
+template <class R>
 void score(const KeyRows& keys, int64_t k, const char* q, float* s) {
-  for (int64_t g = 0; g < kKvTile / 16; g += 2) {
+  constexpr int64_t kRow = R::kQueries * 4, kGroup = 16 * R::kQueries;
+  for (int64_t g = 0; g < kKvTile / 16; g += 2, s += 2 * kGroup) {
     TILE_ZERO(0);
     TILE_ZERO(1);
     for (int64_t i = 0; i < k; ++i) {
@@ -63,31 +68,39 @@ void score(const KeyRows& keys, int64_t k, const char* q, float* s) {
       TILE_LOAD(7, keys.at[g + 1] + i * 64, keys.stride);
       TILE_DOT(1, 7, 3);
     }
-    TILE_STORE(0, s + g * 256, 64);
-    TILE_STORE(1, s + g * 256 + 256, 64);
+    TILE_STORE(0, s, kRow);
+    TILE_STORE(1, s + kGroup, kRow);
   }
 }
 
-// p as two A operands, [2][16 queries][32 positions]; returns the sums of what was stored.
-vf round_rows(const float* s, char* p) {
-  // Words of two vectors in turn.
-  alignas(64) static constexpr uint16_t kTurns[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i turns = _mm512_load_si512(kTurns);
-  vf even{}, odd{};
-  for (int64_t half = 0; half < 2; ++half, s += 32 * kW, p += kTileBytes) {
-    vf r[16];
-    for (int64_t i = 0; i < 16; ++i) {
+// Words of two vectors, each [positions][queries], as [queries][positions].
+template <class R>
+struct Turn {
+  alignas(64) uint16_t from[32];
+  constexpr Turn() : from() {
+    for (int i = 0; i < 32; ++i) {
+      const int positions = 2 * static_cast<int>(R::kPositions), position = i % positions, query = i / positions;
+      from[i] = static_cast<uint16_t>(position * R::kQueries + query);
+    }
+  }
+};
+
+// p as two A operands, [2][16 queries][32 positions]
+template <class R>
+void round_rows(const float* s, char* p) {
+  constexpr int64_t kParts = R::kQueries;  // vectors of each operand
+  static constexpr Turn<R> kTurn;
+  const __m512i turn = _mm512_load_si512(kTurn.from);
+  for (int64_t half = 0; half < 2; ++half, s += 2 * kParts * kW, p += kTileBytes) {
+    vf r[kParts];
+    for (int64_t i = 0; i < kParts; ++i) {
       const auto both =
           reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(load(s + (2 * i + 1) * kW), load(s + 2 * i * kW)));
-      r[i] = reinterpret_cast<vf>(_mm512_permutexvar_epi16(turns, both));
-      even += as_float(as_bits(r[i]) << 16);
-      odd += as_float(as_bits(r[i]) & 0xffff0000u);
+      r[i] = reinterpret_cast<vf>(_mm512_permutexvar_epi16(turn, both));
     }
-    transpose16(r);
-    for (int64_t i = 0; i < 16; ++i) store(reinterpret_cast<float*>(p) + i * kW, r[i]);
+    transpose(r);
+    for (int64_t i = 0; i < kParts; ++i) store(reinterpret_cast<float*>(p) + i * kW, r[i]);
   }
-  return even + odd;
 }
 
 // out: [queries, dim] of set_queries()
@@ -102,38 +115,17 @@ void weigh(const char* p, const char* values, int64_t dim, float* out) {
       TILE_LOAD(7, values + i * half, 64);
       TILE_DOT(4, 6, 7);
       if (!both) continue;
-      TILE_LOAD(3, values + i * half + kTileBytes, 64);
-      TILE_DOT(5, 6, 3);
+      TILE_LOAD(2, values + i * half + kTileBytes, 64);
+      TILE_DOT(5, 6, 2);
     }
     TILE_STORE(4, out + d, dim * 4);
     if (both) TILE_STORE(5, out + d + 16, dim * 4);
   }
 }
 
-template <class T>
-void attend_tile(const AttnTask& t, const Work& w, int64_t tile, float* out) {
-  const TileRows<T> rows(t, tile);
-  const KeyRows keys = find_key_rows(t, w, rows);
-  const int64_t k = round_up(t.head_dim, 32) / 32;
-  float* maxima = out + w.queries * w.dim;
-  float* sums = maxima + round_up(w.queries, 16);
-  auto* p = reinterpret_cast<char*>(w.p);
-  each_chunk(w, [&](int64_t i, int64_t) {
-    score(keys, k, reinterpret_cast<const char*>(w.q) + i / kChunk * k * kTileBytes, w.scores);
-    if (i == 0) {
-      const bool whole = rows.valid == kKvTile && t.head_dim % 32 == 0;
-      whole ? interleave_values<T, true>(t, w, rows) : interleave_values<T, false>(t, w, rows);
-    }
-    store(maxima + i, soften_columns(t, w, rows, i, w.scores));
-    store(sums + i, round_rows(w.scores, p));
-    weigh(p, reinterpret_cast<const char*>(w.values), w.dim, out + i * w.dim);
-  });
-}
-
-}  // namespace
-
-void FASTLLM_ISA::begin_tiles(const AttnTask& t, const Work& w) {
-  begin_queries(t, w);
+// The queries as B operands, see score().
+template <class R>
+void pack_queries(const AttnTask& t, const Work& w) {
   auto* to = reinterpret_cast<float*>(w.q);
   for (int64_t i = 0; i < w.queries; i += kChunk) {
     for (int64_t d = 0; d < t.head_dim; d += 32) {
@@ -146,11 +138,55 @@ void FASTLLM_ISA::begin_tiles(const AttnTask& t, const Work& w) {
   }
 }
 
-void FASTLLM_ISA::attend_tile_bf16(const AttnTask& t, const Work& w, int64_t tile, float* out) {
-  t.kv_type == KvType::F16 ? attend_tile<Half>(t, w, tile, out) : attend_tile<uint16_t>(t, w, tile, out);
+template <class T, class R>
+void attend_in(const AttnTask& t, const Work& w) {
+  begin_queries<R>(t, w);
+  pack_queries<R>(t, w);
+  TileReader<T> reader(t);
+  KeyRows keys{};
+  const int64_t k = round_up(t.head_dim, 32) / 32;
+  const auto* q = reinterpret_cast<const char*>(w.q);
+  auto* p = reinterpret_cast<char*>(w.p);
+  float *scores = w.scores, *next_scores = w.scores + kKvTile * kChunk;
+  const auto score_next = [&](int64_t tile, int64_t first) {
+    if (first == 0) keys = find_key_rows(t, w, reader, tile);
+    score<R>(keys, k, q + first / kChunk * k * kTileBytes, next_scores);
+  };
+  score_next(t.tile_begin, 0);
+  attend_tiles(t, w, [&](int64_t tile, float* out) {
+    reader.begin(tile);
+    const TileRows<T>& rows = reader.at(tile);
+    float* maxima = out + w.queries * w.dim;
+    float* sums = maxima + round_up(w.queries, 16);
+    each_pass<R>(w, [&](int64_t i, int64_t) {
+      float* s = next_scores;
+      next_scores = scores;
+      scores = s;
+      if (i + kChunk < w.queries) {
+        score_next(tile, i + kChunk);
+      } else if (tile + 1 < t.tile_end) {
+        score_next(tile + 1, 0);
+      }
+      const Softened done = soften_columns<R>(t, w, rows.begin, i, s);
+      store(maxima + i, done.maxima);
+      store(sums + i, done.sums);
+      round_rows<R>(s, p);
+      if (i == 0) {
+        const bool whole = rows.valid == kKvTile && t.head_dim % 32 == 0;
+        whole ? interleave_values<T, true>(t, w, reader, rows) : interleave_values<T, false>(t, w, reader, rows);
+      }
+      weigh(p, reinterpret_cast<const char*>(w.values), w.dim, out + i * w.dim);
+    });
+  });
+  release();
 }
 
-void FASTLLM_ISA::end_tiles() { release(); }
+}  // namespace
+
+void FASTLLM_ISA::attend_bf16(const AttnTask& t, const Work& w) {
+  with_room(w.queries,
+            [&]<class R>(R) { t.kv_type == KvType::F16 ? attend_in<Half, R>(t, w) : attend_in<uint16_t, R>(t, w); });
+}
 
 }  // namespace fastllm::cpu
 

@@ -1,13 +1,19 @@
-// What the bf16 and the int8 tile path of attention share. Both hold 16 queries in the lanes of a vector:
+// What the bf16 and the int8 tile path of attention share. Queries lie in the lanes of vectors:
 //
-//   s^T [64 positions][16 queries] = k q^T      rows of keys are an A operand as they lie in the cache; q is packed
-//   once p [16 queries][64 positions]                its softmax, back in rows out [16 queries][head_dim] = p v values
-//   are interleaved, which is what a B operand takes
+//   s^T [64 positions][room] = k q^T       rows of keys are an A operand as they lie in the cache; q is packed once
+//   p [queries][64 positions]              its softmax, back in rows
+//   out [queries][head_dim] = p v          values are interleaved, which is what a B operand takes
 //
-// Tiles 0, 1: C of s^T; 2: A, 3: B. Tiles 4, 5: C of out; 6: A; 7: B. Those of out have as many rows as queries.
+// A pass has room for 4, 8 or 16 queries, and a vector of scores for 4, 2 or 1 positions of each. What a query's result
+// depends on is the same in all of them: maxima do not depend on their order, sums are those of positions j mod 4, then
+// (0 + 1) + (2 + 3).
+//
+// The tile unit computes the scores of one pass while the vector unit softens those of the pass before.
+//
+// Tiles 0, 1: C of s^T; 2, 7: A; 3: B. Tiles 4, 5: C of out; 6: A; 2, 7: B. Those of out have as many rows as queries.
 #pragma once
 
-#include "backend/cpu/kernels/attention.h"
+#include "backend/cpu/kernels/attention_merge.h"
 #include "backend/cpu/kernels/tiles.h"
 
 #if defined(__AMX_BF16__)
@@ -16,39 +22,96 @@ namespace fastllm::cpu {
 namespace {
 
 static_assert(kW == 16);
-constexpr int64_t kChunk = 16;        // queries of one pass: lanes of a vector, rows of a tile
+constexpr int64_t kChunk = 16;        // queries of one pass at most: lanes of a vector, rows of a tile
 constexpr int64_t kTileBytes = 1024;  // of a tile of 16 rows
+
+inline vf swap_halves(vf x) { return _mm512_shuffle_f32x4(x, x, 0x4e); }
+inline vf swap_quarters(vf x) { return _mm512_shuffle_f32x4(x, x, 0xb1); }  // within each half
+
+// The room of a pass.
+template <int kRoom>
+struct Room {
+  static constexpr int64_t kQueries = kRoom;
+  static constexpr int64_t kPositions = kW / kQueries;       // of a vector of scores
+  static constexpr int64_t kVectors = kKvTile / kPositions;  // of a tile's scores
+  static constexpr int64_t kSums = 4 / kPositions;           // vectors with every position mod 4
+
+  static vi position_of_lane() { return iota() / kRoom; }
+  // Over the positions of a vector, in all of them.
+  static vf max_over(vf x) {
+    if constexpr (kPositions > 2) x = max(x, swap_quarters(x));
+    if constexpr (kPositions > 1) x = max(x, swap_halves(x));
+    return x;
+  }
+  static vf sum_over(const vf (&x)[kSums]) {
+    if constexpr (kPositions == 1) {
+      return (x[0] + x[1]) + (x[2] + x[3]);
+    } else if constexpr (kPositions == 2) {
+      return (x[0] + swap_halves(x[0])) + (x[1] + swap_halves(x[1]));
+    } else {
+      const vf pairs = x[0] + swap_quarters(x[0]);
+      return pairs + swap_halves(pairs);
+    }
+  }
+  // One number of each of a vector's positions, for all its queries.
+  static vf spread(const float* x) {
+    if constexpr (kPositions == 1) {
+      return set1(*x);
+    } else if constexpr (kPositions == 2) {
+      return _mm512_mask_blend_ps(0xff00, set1(x[0]), set1(x[1]));
+    } else {
+      const __m512 all = _mm512_broadcast_f32x4(_mm_loadu_ps(x));
+      return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(position_of_lane()), all);
+    }
+  }
+};
+
+// f(Room) for the least that has room for all queries.
+template <class F>
+inline void with_room(int64_t queries, F&& f) {
+  if (queries <= 4) return f(Room<4>{});
+  if (queries <= 8) return f(Room<8>{});
+  f(Room<16>{});
+}
 
 inline int64_t queries_of(const Work& w, int64_t first) {
   return w.queries - first < kChunk ? w.queries - first : kChunk;
 }
 
+template <class R>
 inline void set_queries(int64_t n) {
   TileConfig c;
   for (int i = 0; i < 8; ++i) {
     c.rows[i] = static_cast<uint8_t>(i >= 4 && i <= 6 ? n : 16);
-    c.bytes_per_row[i] = 64;
+    c.bytes_per_row[i] = i == 0 || i == 1 || i == 3 ? R::kQueries * 4 : 64;
   }
   configure(c);
 }
 
-// f(first query, queries) for every chunk, the tiles being set for it; begin_tiles() set them for the first.
-template <class F>
-inline void each_chunk(const Work& w, F&& f) {
+// f(first query, queries) for every pass, the tiles being set for it; begin_queries() set them for the first.
+template <class R, class F>
+inline void each_pass(const Work& w, F&& f) {
   const bool uneven = w.queries > kChunk && w.queries % kChunk != 0;
   for (int64_t i = 0; i < w.queries; i += kChunk) {
-    if (uneven) set_queries(queries_of(w, i));
+    if (uneven) set_queries<R>(queries_of(w, i));
     f(i, queries_of(w, i));
   }
 }
 
-// What every path notes about its queries before the first tile. Lanes without a query repeat the last.
+// What every path notes about its queries before the first tile. Lanes without a query repeat another.
+template <class R>
 inline void begin_queries(const AttnTask& t, const Work& w) {
-  set_queries(queries_of(w, 0));
-  for (int64_t i = 0; i < round_up(w.queries, kChunk); ++i) {
-    const int64_t query = i < w.queries ? i : w.queries - 1;
-    w.pos[i] = static_cast<int32_t>(t.first_pos + query / t.group);
-    w.slopes[i] = t.slopes ? t.slopes[query % t.group] : 0.0f;
+  set_queries<R>(queries_of(w, 0));
+  int32_t token = 0, head = 0;
+  for (int64_t i = 0; i < w.queries; ++i) {
+    w.pos[i] = t.first_pos + token;
+    w.slopes[i] = t.slopes ? t.slopes[head] : 0.0f;
+    if (++head == t.group) head = 0, ++token;
+  }
+  for (int64_t i = w.queries; i < round_up(w.queries, kChunk); ++i) {
+    const int64_t other = R::kQueries < kChunk && i >= R::kQueries ? i - R::kQueries : w.queries - 1;
+    w.pos[i] = w.pos[other];
+    w.slopes[i] = w.slopes[other];
   }
 }
 
@@ -58,37 +121,62 @@ inline vf load_bytes(const void* p, int64_t n) {
   return reinterpret_cast<vf>(_mm512_maskz_loadu_epi8(some, p));
 }
 
-// The keys of a tile's positions, and those of the next tile of the task. Blocks lie anywhere, so the machine cannot
-// guess what comes next: whoever reads a row asks for the row that stands in its place in the next tile.
+// Where the keys of a tile's positions lie.
 template <class T>
 struct TileRows {
-  int64_t begin, valid, row_bytes;
-  const T* now[kKvTile];
-  const T* next[kKvTile];
+  int64_t begin, valid;
+  const T* keys[kKvTile];  // those from `valid` on may be read, no more
+};
 
-  TileRows(const AttnTask& t, int64_t tile)
-      : begin(tile * kKvTile), row_bytes(t.head_dim * static_cast<int64_t>(sizeof(T))) {
-    const int64_t end = t.first_pos + t.tokens, after = begin + kKvTile;
-    valid = end - begin < kKvTile ? end - begin : kKvTile;
-    find_keys(t, begin, valid, now);
-    int64_t ahead = tile + 1 < t.tile_end ? end - after : 0;
-    if (ahead > kKvTile) ahead = kKvTile;
-    if (ahead < 0) ahead = 0;
-    find_keys(t, after, ahead, next);
-    for (int64_t j = ahead; j < kKvTile; ++j) next[j] = now[0];
+// The tiles of a task, and after them those of the task that follows. Blocks lie anywhere, so the machine cannot guess
+// what comes next: for every row that is worked on, the values of its successor in the next tile are asked for, and the
+// keys in the tile after that, which are needed as early.
+template <class T>
+class TileReader {
+ public:
+  explicit TileReader(const AttnTask& t) : t_(t), row_bytes_(t.head_dim * static_cast<int64_t>(sizeof(T))) {
+    find(t.tile_begin);
+    find(t.tile_begin + 1);
+  }
+  int64_t row_bytes() const { return row_bytes_; }
+
+  // For the first time, this and the next; ask...() are about the successors of `tile`.
+  void begin(int64_t tile) {
+    now_ = tile;
+    find(tile + 2);
+  }
+  const TileRows<T>& at(int64_t tile) const { return tiles_[tile % 4]; }
+  void ask_keys(int64_t j) const { ask(at(now_ + 2).keys[j]); }
+  void ask_values(int64_t j) const { ask(at(now_ + 1).keys[j] + t_.kv_stride); }
+
+ private:
+  void find(int64_t tile) {
+    TileRows<T>& rows = tiles_[tile % 4];
+    const bool own = tile < t_.tile_end || !t_.then;
+    const AttnTask& t = own ? t_ : *t_.then;
+    const int64_t at = own ? tile : tile - t_.tile_end + t.tile_begin;
+    const int64_t left = at < t.tile_end ? t.first_pos + t.tokens - at * kKvTile : 0;
+    rows.begin = at * kKvTile;
+    rows.valid = left < kKvTile ? left : kKvTile;
+    find_keys(t, rows.begin, rows.valid, rows.keys);
+    const T* other = rows.valid > 0 ? rows.keys[0] : tiles_[(tile - 1) % 4].keys[0];
+    for (int64_t j = rows.valid; j < kKvTile; ++j) rows.keys[j] = other;
     if constexpr (__is_same(T, Code)) {
-      for (int64_t j = 0; j < ahead; j += t.block_size) {
-        const T* scales = key_scales(t, (after + j) / t.block_size);
+      for (int64_t j = 0; j < rows.valid; j += t.block_size) {
+        const T* scales = key_scales(t, (rows.begin + j) / t.block_size);
         __builtin_prefetch(scales);
         __builtin_prefetch(scales + t.kv_stride);
       }
     }
   }
-  // offset: 0 for keys, kv_stride for values
-  void ask(int64_t j, int64_t offset) const {
-    const auto* row = reinterpret_cast<const char*>(next[j] + offset);
-    for (int64_t i = 0; i < row_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+  void ask(const T* row) const {
+    const auto* p = reinterpret_cast<const char*>(row);
+    for (int64_t i = 0; i < row_bytes_; i += 64) __builtin_prefetch(p + i, 0, 2);
   }
+
+  const AttnTask& t_;
+  int64_t row_bytes_, now_ = 0;
+  TileRows<T> tiles_[4];  // a ring
 };
 
 // Keys as A operands: where 16 positions begin, and how far apart their rows are.
@@ -99,14 +187,14 @@ struct KeyRows {
 
 // In the cache itself, where 16 rows lie together and none needs padding.
 template <class T>
-inline bool keys_in_place(const AttnTask& t, const TileRows<T>& rows) {
-  return t.block_size % 16 == 0 && rows.row_bytes % 64 == 0;
+inline bool keys_in_place(const AttnTask& t, const TileReader<T>& reader) {
+  return t.block_size % 16 == 0 && reader.row_bytes() % 64 == 0;
 }
 template <class T>
-inline KeyRows rows_in_place(const TileRows<T>& rows) {
-  KeyRows k{{}, rows.row_bytes};
+inline KeyRows rows_in_place(const TileRows<T>& rows, int64_t row_bytes) {
+  KeyRows k{{}, row_bytes};
   for (int64_t g = 0; g < kKvTile / 16; ++g)
-    k.at[g] = reinterpret_cast<const char*>(rows.now[g * 16 < rows.valid ? g * 16 : 0]);
+    k.at[g] = reinterpret_cast<const char*>(rows.keys[g * 16 < rows.valid ? g * 16 : 0]);
   return k;
 }
 // Copies, padded with zeros to whole tiles; get(row, byte offset) gives 64 bytes.
@@ -116,10 +204,47 @@ inline KeyRows copy_rows(const Work& w, const TileRows<T>& rows, int64_t stride,
   auto* to = reinterpret_cast<char*>(w.keys);
   for (int64_t j = 0; j < kKvTile; ++j) {
     if (j % 16 == 0) k.at[j / 16] = to + j * stride;
-    for (int64_t i = 0; i < stride; i += 64)
-      store(reinterpret_cast<float*>(to + j * stride + i), get(rows.now[j < rows.valid ? j : 0], i));
+    for (int64_t i = 0; i < stride; i += 64) store(reinterpret_cast<float*>(to + j * stride + i), get(rows.keys[j], i));
   }
   return k;
+}
+
+// Four vectors of four quarters: quarter i of vector j becomes quarter j of vector i.
+inline void transpose_quarters(vf& a, vf& b, vf& c, vf& d) {
+  const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44), cd = _mm512_shuffle_f32x4(c, d, 0x44);
+  const __m512 ab2 = _mm512_shuffle_f32x4(a, b, 0xee), cd2 = _mm512_shuffle_f32x4(c, d, 0xee);
+  a = _mm512_shuffle_f32x4(ab, cd, 0x88);
+  b = _mm512_shuffle_f32x4(ab, cd, 0xdd);
+  c = _mm512_shuffle_f32x4(ab2, cd2, 0x88);
+  d = _mm512_shuffle_f32x4(ab2, cd2, 0xdd);
+}
+
+// Eight vectors of eight pairs: pair i of vector j becomes pair j of vector i.
+inline void transpose8(vf (&r)[8]) {
+  vf even[4], odd[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(r[2 * i]), b = _mm512_castps_pd(r[2 * i + 1]);
+    even[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    odd[i] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  transpose_quarters(even[0], even[1], even[2], even[3]);
+  transpose_quarters(odd[0], odd[1], odd[2], odd[3]);
+  for (int i = 0; i < 4; ++i) {
+    r[2 * i] = even[i];
+    r[2 * i + 1] = odd[i];
+  }
+}
+
+// Sixteenth, eighth or quarter i of vector j becomes j of vector i.
+template <int n>
+inline void transpose(vf (&r)[n]) {
+  if constexpr (n == 16) {
+    transpose16(r);
+  } else if constexpr (n == 8) {
+    transpose8(r);
+  } else {
+    transpose_quarters(r[0], r[1], r[2], r[3]);
+  }
 }
 
 // 2^x to 3e-6 for x <= 0; 0 where that is no normal number.
@@ -135,40 +260,52 @@ inline vf exp2_fast(vf x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// Scores of the queries from `first` on become exp(s - maximum); returns the maxima. s: [64][16]
-template <class T>
-inline vf soften_columns(const AttnTask& t, const Work& w, const TileRows<T>& rows, int64_t first, float* s) {
-  constexpr float kLog2e = 1.44269504f;
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+// Scores times log2(e) of `shaped` tasks, which have a soft cap or slopes; others keep theirs. -inf where masked.
+template <class R>
+inline void shape_scores(const AttnTask& t, const Work& w, int64_t tile_begin, int64_t first, bool shaped, vi oldest,
+                         float* s) {
+  const vi pos = reinterpret_cast<vi>(load_u32(w.pos + first));
+  const vf slope = load(w.slopes + first) * kLog2e;
+  vi at = R::position_of_lane() + static_cast<int32_t>(tile_begin);
+  for (int64_t v = 0; v < R::kVectors; ++v, at += static_cast<int32_t>(R::kPositions)) {
+    vf x = load(s + v * kW);
+    if (shaped) {
+      x = t.softcap > 0.0f ? tanh(x * (t.scale / t.softcap)) * (t.softcap * kLog2e) : x * (t.scale * kLog2e);
+      if (t.slopes) x = fma(slope, __builtin_convertvector(at - pos, vf), x);
+    }
+    store(s + v * kW, ((at >= oldest) & (at <= pos)) != 0 ? x : set1(-__builtin_inff()));
+  }
+}
+
+struct Softened {
+  vf maxima, sums;
+};
+
+// Scores of the pass from query `first` on become exp(s - maximum). s: [64][room]
+template <class R>
+inline Softened soften_columns(const AttnTask& t, const Work& w, int64_t tile_begin, int64_t first, float* s) {
   const vi pos = reinterpret_cast<vi>(load_u32(w.pos + first));
   const vi oldest = t.window > 0 ? (pos >= t.window ? pos - (t.window - 1) : vi{}) : vi{};
-  const vf slope = load(w.slopes + first);
-  const auto begin = static_cast<int32_t>(rows.begin);
+  const auto begin = static_cast<int32_t>(tile_begin);
   const bool whole = !any((oldest > begin) | (pos < begin + static_cast<int32_t>(kKvTile) - 1));
-  const bool plain = whole && !t.slopes && !(t.softcap > 0.0f);
-  vf m = set1(kNone);
-  if (plain) {
-    vf raw[4] = {load(s), load(s + kW), load(s + 2 * kW), load(s + 3 * kW)};
-    for (int64_t j = 4; j < kKvTile; j += 4)
-      for (int64_t i = 0; i < 4; ++i) raw[i] = max(load(s + (j + i) * kW), raw[i]);
-    m = max(max(max(raw[0], raw[1]), max(raw[2], raw[3])) * t.scale, m);
-  } else {
-    for (int32_t j = 0; j < kKvTile; ++j) {
-      vf x = load(s + j * kW) * t.scale;
-      if (t.softcap > 0.0f) x = t.softcap * tanh(x / t.softcap);
-      const vi at = set1(begin + j);
-      if (t.slopes) x = fma(slope, __builtin_convertvector(at - pos, vf), x);
-      x = ((at >= oldest) & (at <= pos)) != 0 ? x : set1(-__builtin_inff());
-      m = max(x, m);
-      store(s + j * kW, x);
+  const bool shaped = t.slopes || t.softcap > 0.0f;
+  if (shaped || !whole) shape_scores<R>(t, w, tile_begin, first, shaped, oldest, s);
+  const vf unit = set1(shaped ? 1.0f : t.scale * kLog2e);
+  vf most[4] = {load(s), load(s + kW), load(s + 2 * kW), load(s + 3 * kW)};
+  for (int64_t v = 4; v < R::kVectors; v += 4)
+    for (int64_t i = 0; i < 4; ++i) most[i] = max(load(s + (v + i) * kW), most[i]);
+  const vf top = max(R::max_over(max(max(most[0], most[1]), max(most[2], most[3]))) * unit, set1(kNone));
+  vf sums[R::kSums] = {};
+  for (int64_t v = 0; v < R::kVectors; v += R::kSums) {
+    for (int64_t i = 0; i < R::kSums; ++i) {
+      const vf p = exp2_fast(fma(load(s + (v + i) * kW), unit, -top));
+      store(s + (v + i) * kW, p);
+      sums[i] += p;
     }
   }
-  // Scaled before anything else, as above: the same bits whether or not a neighbour needs the mask.
-  const vf scale = set1(plain ? t.scale : 1.0f), top = -m * kLog2e;
-  for (int64_t j = 0; j < kKvTile; ++j) {
-    if (first == 0) rows.ask(j, 0);
-    store(s + j * kW, exp2_fast(fma(load(s + j * kW) * scale, set1(kLog2e), top)));
-  }
-  return m;
+  return {top * kLn2, R::sum_over(sums)};
 }
 
 }  // namespace
