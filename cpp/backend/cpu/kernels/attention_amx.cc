@@ -33,23 +33,21 @@ template <class T, bool kWhole>
 void interleave_values(const AttnTask& t, const Work& w, const TileReader<T>& reader, const TileRows<T>& rows) {
   // Unpacking works within 128 bits: the eight quads of dims are dealt out so that its halves are 16 dims in order.
   const __m512i deal = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const Ask<T> ask = reader.successors();
+  const int64_t head_dim = t.head_dim, kv_stride = t.kv_stride, dim = w.dim;
   auto* to = reinterpret_cast<char*>(w.values);
   for (int64_t j = 0; j < kKvTile; j += 2) {
-    for (int64_t i = 0; i < 2; ++i) {
-      reader.ask_values(j + i);
-      reader.ask_keys(j + i);
-    }
-    char* tile = to + j / 32 * (w.dim / 16) * kTileBytes + j % 32 * 32;
-    for (int64_t d = 0; d < t.head_dim; d += 32, tile += 2 * kTileBytes) {
+    for (int64_t i = 0; i < 2; ++i) ask(j + i);
+    char* tile = to + j / 32 * (dim / 16) * kTileBytes + j % 32 * 32;
+    for (int64_t d = 0; d < head_dim; d += 32, tile += 2 * kTileBytes) {
       __m512i pair[2];
       for (int64_t i = 0; i < 2; ++i) {
         vf v{};
-        if (kWhole || j + i < rows.valid)
-          v = load_bf16(rows.keys[j + i] + t.kv_stride + d, kWhole ? 32 : t.head_dim - d);
+        if (kWhole || j + i < rows.valid) v = load_bf16(rows.keys[j + i] + kv_stride + d, kWhole ? 32 : head_dim - d);
         pair[i] = _mm512_permutexvar_epi64(deal, reinterpret_cast<__m512i>(v));
       }
       _mm512_storeu_si512(tile, _mm512_unpacklo_epi16(pair[0], pair[1]));
-      if (d + 16 < w.dim) _mm512_storeu_si512(tile + kTileBytes, _mm512_unpackhi_epi16(pair[0], pair[1]));
+      if (d + 16 < dim) _mm512_storeu_si512(tile + kTileBytes, _mm512_unpackhi_epi16(pair[0], pair[1]));
     }
   }
 }

@@ -48,25 +48,24 @@ template <class R, bool kWhole>
 void interleave_values(const AttnTask& t, const Work& w, const TileReader<Code>& reader, const TileRows<Code>& rows) {
   // Unpacking works within 128 bits: the sixteen quads of dims are dealt out so that its results are 16 dims in order.
   const __m512i deal = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const Ask<Code> ask = reader.successors();
+  const int64_t head_dim = t.head_dim, kv_stride = t.kv_stride, dim = w.dim;
   for (int64_t quad = 0; quad < kKvTile / 4; ++quad) {
-    for (int64_t i = 0; i < 4; ++i) {
-      reader.ask_values(quad * 4 + i);
-      reader.ask_keys(quad * 4 + i);
-    }
+    for (int64_t i = 0; i < 4; ++i) ask(quad * 4 + i);
     char* tile = reinterpret_cast<char*>(w.values) + quad * 64;
-    for (int64_t d = 0; d < t.head_dim; d += 64) {
+    for (int64_t d = 0; d < head_dim; d += 64) {
       __m512i r[4];
       for (int64_t i = 0; i < 4; ++i) {
         const int64_t j = position_of<R>(quad, i);
         vf v{};
-        if (kWhole || j < rows.valid) v = load_bytes(rows.keys[j] + t.kv_stride + d, kWhole ? 64 : t.head_dim - d);
+        if (kWhole || j < rows.valid) v = load_bytes(rows.keys[j] + kv_stride + d, kWhole ? 64 : head_dim - d);
         r[i] = _mm512_permutexvar_epi32(deal, reinterpret_cast<__m512i>(v));
       }
       const __m512i low02 = _mm512_unpacklo_epi8(r[0], r[2]), low13 = _mm512_unpacklo_epi8(r[1], r[3]);
       const __m512i high02 = _mm512_unpackhi_epi8(r[0], r[2]), high13 = _mm512_unpackhi_epi8(r[1], r[3]);
       const __m512i out[4] = {_mm512_unpacklo_epi16(low02, low13), _mm512_unpackhi_epi16(low02, low13),
                               _mm512_unpacklo_epi16(high02, high13), _mm512_unpackhi_epi16(high02, high13)};
-      for (int64_t i = 0; i < 4 && d + i * 16 < w.dim; ++i, tile += kTileBytes) _mm512_storeu_si512(tile, out[i]);
+      for (int64_t i = 0; i < 4 && d + i * 16 < dim; ++i, tile += kTileBytes) _mm512_storeu_si512(tile, out[i]);
     }
   }
 }

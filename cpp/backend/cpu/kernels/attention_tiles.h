@@ -128,6 +128,26 @@ struct TileRows {
   const T* keys[kKvTile];  // those from `valid` on may be read, no more
 };
 
+// Asks for the keys and values of one tile, row by row.
+template <class T>
+struct Ask {
+  const T* const* keys;
+  const T* const* values;  // keys of theirs
+  int64_t kv_stride, row_bytes;
+
+  void operator()(int64_t j) const {
+    const auto* k = reinterpret_cast<const char*>(keys[j]);
+    const auto* v = reinterpret_cast<const char*>(values[j] + kv_stride);
+    for (int64_t i = 0; i < row_bytes; i += 128) {
+      __builtin_prefetch(v + i, 0, 2);
+      __builtin_prefetch(k + i, 0, 2);
+      if (i + 64 >= row_bytes) break;
+      __builtin_prefetch(v + i + 64, 0, 2);
+      __builtin_prefetch(k + i + 64, 0, 2);
+    }
+  }
+};
+
 // The tiles of a task, and after them those of the task that follows. Blocks lie anywhere, so the machine cannot guess
 // what comes next: for every row that is worked on, the values of its successor in the next tile are asked for, and the
 // keys in the tile after that, which are needed as early.
@@ -140,14 +160,13 @@ class TileReader {
   }
   int64_t row_bytes() const { return row_bytes_; }
 
-  // For the first time, this and the next; ask...() are about the successors of `tile`.
+  // From here on `tile` is worked on, and at() knows it and the next.
   void begin(int64_t tile) {
     now_ = tile;
     find(tile + 2);
   }
   const TileRows<T>& at(int64_t tile) const { return tiles_[tile % 4]; }
-  void ask_keys(int64_t j) const { ask(at(now_ + 2).keys[j]); }
-  void ask_values(int64_t j) const { ask(at(now_ + 1).keys[j] + t_.kv_stride); }
+  Ask<T> successors() const { return {at(now_ + 2).keys, at(now_ + 1).keys, t_.kv_stride, row_bytes_}; }
 
  private:
   void find(int64_t tile) {
@@ -168,10 +187,6 @@ class TileReader {
         __builtin_prefetch(scales + t.kv_stride);
       }
     }
-  }
-  void ask(const T* row) const {
-    const auto* p = reinterpret_cast<const char*>(row);
-    for (int64_t i = 0; i < row_bytes_; i += 64) __builtin_prefetch(p + i, 0, 2);
   }
 
   const AttnTask& t_;
