@@ -156,6 +156,21 @@ TEST_P(Attention, every_cache_serves_every_activation) {
   }
 }
 
+// Tile kernels lay out 1 to 4, 5 to 8 and more queries in different ways; a decode, a chunk and a prompt use different
+// ones for the same row.
+TEST_P(Attention, rows_do_not_depend_on_how_many_queries_share_a_pass) {
+  for (const DType kv : {DType::BF16, DType::F16, DType::I8}) {
+    for (const int heads : {1, 2, 4, 5, 8})
+      check(*backend, random, {.heads = heads, .kv_heads = 1, .dtype = DType::BF16, .kv_dtype = kv}, 131);
+    for (const int heads : {4, 7}) {
+      const Case c{.heads = heads, .kv_heads = 1, .block_size = 5, .window = 70, .dtype = DType::BF16, .kv_dtype = kv};
+      check(*backend, random, c, 140);
+    }
+    check(*backend, random, {.heads = 8, .kv_heads = 1, .softcap = 5.0f, .dtype = DType::BF16, .kv_dtype = kv}, 70);
+    check(*backend, random, {.heads = 8, .kv_heads = 1, .alibi = true, .dtype = DType::BF16, .kv_dtype = kv}, 70);
+  }
+}
+
 void check_batch(Backend& backend, Random& random, DType kv_dtype) {
   SCOPED_TRACE(name_of(kv_dtype));
   const Case c{.heads = 6, .kv_heads = 3, .head_dim = 16, .dtype = DType::BF16, .kv_dtype = kv_dtype};

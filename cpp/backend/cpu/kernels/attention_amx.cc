@@ -1,8 +1,9 @@
-// One KV tile of attention on AMX tiles, for bf16 queries and a bf16 or fp16 cache: s = q k^T and out = p v, the
+// Attention on AMX tiles, for bf16 queries and a bf16 or fp16 cache: s = q k^T and out = p v, the
 // softmax between them in fp32 and p rounded to bf16, as are keys and values from fp16. How: attention_tiles.h.
 // Everything else, and the naive reference, is in attention.cc.
 //
-// Cost: 128 cycles per 16 queries for each of the two products at head_dim 64; the softmax takes twice that.
+// Cost at head_dim 64: 128 cycles per 16 queries for each of the two products, and up to three times that for the
+// softmax, as the room is 4, 8 or 16 queries.
 // Benchmark: --benchmark_filter=Attention
 #include "backend/cpu/kernels/attention_tiles.h"
 
@@ -122,7 +123,6 @@ void weigh(const char* p, const char* values, int64_t dim, float* out) {
 }
 
 // The queries as B operands, see score().
-template <class R>
 void pack_queries(const AttnTask& t, const Work& w) {
   auto* to = reinterpret_cast<float*>(w.q);
   for (int64_t i = 0; i < w.queries; i += kChunk) {
@@ -139,7 +139,7 @@ void pack_queries(const AttnTask& t, const Work& w) {
 template <class T, class R>
 void attend_in(const AttnTask& t, const Work& w) {
   begin_queries<R>(t, w);
-  pack_queries<R>(t, w);
+  pack_queries(t, w);
   TileReader<T> reader(t);
   KeyRows keys{};
   const int64_t k = round_up(t.head_dim, 32) / 32;

@@ -1,4 +1,4 @@
-// One KV tile of attention on AMX tiles, for bf16 queries and an int8 cache: codes meet codes, and nothing but the
+// Attention on AMX tiles, for bf16 queries and an int8 cache: codes meet codes, and nothing but the
 // softmax is done in fp32. How: attention_tiles.h.
 //
 //   q = step (256 high + low), both int8, step = max |q| / 32512

@@ -138,7 +138,7 @@ struct Ask {
   void operator()(int64_t j) const {
     const auto* k = reinterpret_cast<const char*>(keys[j]);
     const auto* v = reinterpret_cast<const char*>(values[j] + kv_stride);
-    for (int64_t i = 0; i < row_bytes; i += 128) {
+    for (int64_t i = 0; i < row_bytes; i += 128) {  // two lines a turn, of 64 bytes
       __builtin_prefetch(v + i, 0, 2);
       __builtin_prefetch(k + i, 0, 2);
       if (i + 64 >= row_bytes) break;
