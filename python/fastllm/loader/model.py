@@ -74,7 +74,7 @@ def _open_folder(path: Path, args: EngineArgs) -> ModelFiles:
     hf = HfConfig(config, str(path / "config.json"))
     family = family_of(hf)
     spec = family.build(hf)
-    quantization = quantization_of(hf)
+    quantization = quantization_of(hf, path)
     method = quantization.get("quant_method") if quantization else "not quantised"
     check_method(args.quantization, method, str(path))
     if args.load_format == "dummy":

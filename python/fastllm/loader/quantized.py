@@ -11,8 +11,10 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from fastllm.config import read_json
 from fastllm.errors import LoadError
 from fastllm.families import HfConfig
 from fastllm.loader.compressed_tensors import compressed_tensors_schemes
@@ -20,6 +22,10 @@ from fastllm.loader.scheme import Scheme, group_size
 from fastllm.loader.tensors import FileTensor, Packing
 
 METHODS = ("awq", "gptq", "compressed-tensors")
+# What older tools wrote beside a config.json that says nothing -> the method if the file does not say
+_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# AutoAWQ's names in such a file -> those in a quantization_config
+_OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,21 @@ _SHAPE = "weight_shape"
 SchemeOf = Callable[[str], Scheme]  # of a module; raises LoadError
 
 
-def quantization_of(config: HfConfig) -> HfConfig | None:
-    """The quantization_config of a checkpoint that has one. Raises LoadError unless its method is one of METHODS."""
+def quantization_of(config: HfConfig, folder: Path) -> HfConfig | None:
+    """The quantization_config of a checkpoint that has one, in its config or, from older tools, in a file of its own.
+
+    Raises LoadError unless its method is one of METHODS.
+    """
     given = config.get("quantization_config", config.get("compression_config"))
-    if given is None:
-        return None
-    quantization = HfConfig(given, f"{config.where}: quantization_config")
+    if given is not None:
+        quantization = HfConfig(given, f"{config.where}: quantization_config")
+    else:
+        files = [folder / name for name in _FILES if (folder / name).is_file()]
+        if not files:
+            return None
+        if len(files) > 1:
+            raise LoadError(f"{folder} has both {' and '.join(_FILES)}: remove the one that is not of these weights.")
+        quantization = _from_file(files[0])
     method = quantization.get("quant_method")
     if method not in METHODS:
         raise LoadError(
@@ -53,6 +68,17 @@ def quantization_of(config: HfConfig) -> HfConfig | None:
             "unquantised checkpoint or a GGUF file."
         )
     return quantization
+
+
+def _from_file(file: Path) -> HfConfig:
+    """What an older tool wrote, with today's names."""
+    found = read_json(file)
+    for old, name in _OLD_NAMES.items():
+        if old in found and found.get(name, found[old]) != found[old]:
+            raise LoadError(f"{file}: {old} is {found[old]!r}, but {name} is {found[name]!r}.")
+    method = "awq" if "w_bit" in found else _FILES[file.name]
+    renamed = {_OLD_NAMES.get(name, name): value for name, value in found.items() if value is not None}
+    return HfConfig({"quant_method": method, **renamed}, str(file))
 
 
 def check_method(wanted: str | None, found: str, where: str) -> None:

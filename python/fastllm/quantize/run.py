@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastllm.config import read_json
 from fastllm.errors import LoadError
+from fastllm.families import HfConfig
 from fastllm.loader.hub import resolve_model
+from fastllm.loader.quantized import quantization_of
 from fastllm.loader.safetensors import read_folder
 from fastllm.loader.tensors import FileTensor
 from fastllm.progress import Progress
@@ -95,10 +96,9 @@ def _check_source(source: Path) -> dict[str, Any]:
     if not (source / "config.json").is_file():
         raise LoadError(f"{source} is not a model folder: it has no config.json.")
     config = read_json(source / "config.json")
-    present = config.get("quantization_config")
+    present = quantization_of(HfConfig(config, str(source / "config.json")), source)
     if present is not None:
-        method = present.get("quant_method") if isinstance(present, dict) else present
-        raise LoadError(f"{source} is quantised already ({json.dumps(method)}): start from the 16-bit model.")
+        raise LoadError(f"{source} is quantised already ({present.get('quant_method')}): start from the 16-bit model.")
     return config
 
 
