@@ -117,6 +117,54 @@ TEST_P(Elementwise, moves_rows_positions_and_blocks) {
   EXPECT_TRUE(pool.same_row(0, old, 0));
 }
 
+TEST_P(Elementwise, copied_blocks_keep_keys_and_values_of_every_cache) {
+  const int blocks = 6, from = 4, to = 2;
+  for (const DType dtype : {DType::F32, DType::BF16, DType::F16, DType::I8}) {
+    SCOPED_TRACE(testing::Message() << name_of(dtype) << " seed " << test_seed());
+    const KvShape shape{dtype, 2, 3, 8, 20};
+    const auto bytes = static_cast<std::size_t>(shape.block_bytes());
+    std::vector<std::byte> pool(bytes * blocks, std::byte{0xff});
+    const auto each_slot = [&](int block, const auto& f) {
+      for (int layer = 0; layer < shape.layers; ++layer)
+        for (const bool is_v : {false, true})
+          for (int head = 0; head < shape.kv_heads; ++head)
+            for (int pos = 0; pos < shape.block_size; ++pos)
+              f(KvSlot(layer_view(pool.data(), shape, layer), BlockId{block}, is_v, head, pos));
+    };
+    for (int block = 0; block < blocks; ++block) {
+      each_slot(block, [&](KvSlot slot) {
+        const Array x = Array(DType::F32, 1, shape.head_dim).fill(random);
+        slot.set({x.tensor().ptr<float>(), static_cast<std::size_t>(shape.head_dim)});
+      });
+    }
+    const auto values = [&](int block) {
+      std::vector<float> all;
+      each_slot(block, [&](const KvSlot& slot) {
+        for (int d = 0; d < shape.head_dim; ++d) all.push_back(slot.get(d));
+      });
+      return all;
+    };
+    const auto want = values(from);
+    const std::vector<std::byte> before = pool;
+    const std::pair<BlockId, BlockId> copies[] = {{BlockId{from}, BlockId{to}}};
+    backend->copy_blocks(pool.data(), pool.data(), bytes, copies);
+    EXPECT_EQ(values(to), want);
+
+    // Writing to the copy, as its new owner does, leaves the block that it came from.
+    each_slot(to, [&](KvSlot slot) {
+      const std::vector<float> x(static_cast<std::size_t>(shape.head_dim), 7.0f);
+      slot.set(x);
+    });
+    EXPECT_EQ(values(from), want);
+    for (int block = 0; block < blocks; ++block) {
+      const auto at = static_cast<std::ptrdiff_t>(bytes) * block;
+      const bool same =
+          std::equal(pool.begin() + at, pool.begin() + at + static_cast<std::ptrdiff_t>(bytes), before.begin() + at);
+      EXPECT_EQ(same, block != to) << "block " << block;
+    }
+  }
+}
+
 void check_rope(Backend& backend, Random& random, DType dtype, DType kv_dtype, int head_dim, int rope_dim,
                 RopeStyle style, NormKind norm) {
   SCOPED_TRACE(testing::Message() << name_of(dtype) << " kv " << name_of(kv_dtype) << " head_dim " << head_dim

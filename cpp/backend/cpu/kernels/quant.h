@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backend/cpu/kernels/gemm.h"
+#include "backend/cpu/kernels/half.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -49,22 +50,6 @@ struct alignas(64) SpanRows {
 // The first span of the 16 rows that row m is one of.
 inline const SpanRows* rows_of(const QuantArgs& g, int64_t m) {
   return static_cast<const SpanRows*>(g.a) + m / kTileRows * spans_of(g.k);
-}
-
-inline vf load_half(const uint16_t* p) {
-#if defined(__AVX512F__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  // The exponent is moved up by a multiplication, which normalises subnormal values; infinities and NaN go around it.
-  vh h;
-  __builtin_memcpy(&h, p, sizeof h);
-  const vu u = __builtin_convertvector(h, vu), magnitude = u & 0x7fffu;
-  const vf finite = as_float(magnitude << 13) * 0x1p112f;
-  const vu bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : as_bits(finite);
-  return as_float(bits | ((u & 0x8000u) << 16));
-#endif
 }
 
 // One rounding everywhere, also where the machine has no such instruction.
