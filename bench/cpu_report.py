@@ -6,21 +6,23 @@ python bench/cpu_report.py --out results --models FOLDER --precisions bf16,int8 
 python bench/cpu_report.py --out results --only tables --peer llama.cpp=llama.jsonl    # from what is in the folder
 
 The ceilings come from fastllm_bench_ops, loading from cpu_load.py for models that have files, everything else from
-cpu_workloads.py, a process per model and precision; one that fails or takes too long does not stop the rest. Shares of
-the ceiling: weights and cached keys and values over the read bandwidth, or operations over the peak of the matrix
-units, whichever takes longer. A peer's file has prefill_tps, decode_tps and batch_out_tps of the same work and names
-its model.
+cpu_workloads.py, a process per part, model and precision; one that fails or takes too long does not stop the rest.
+Shares of the ceiling: weights and cached keys and values over the read bandwidth, or operations over the peak of the
+matrix units, whichever takes longer. A peer's file names its model and has prefill_tps, decode_tps and batch_out_tps of
+the same work, or growth as cpu_growth.py says (llama_cpp_growth.py measures llama.cpp's), or both.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import cpu_growth
 import cpu_load
 import cpu_tables
 import shapes
@@ -30,13 +32,21 @@ from gpu_report import read_json, run
 from gpu_tables import belongs
 from tables import find_pyplot
 
-PARTS = ("ceilings", "load", "workloads")
+PARTS = ("ceilings", "load", "workloads", "growth")
 _CEILINGS_S = 60.0
 _WORKLOADS_S = 300.0  # of one model in one precision
+_RUNS = {"workloads": "plain", "growth": "growth"}  # part -> what cpu_workloads.py calls it
 
 
-def file_of(out: Path, model: str, precision: str) -> Path:
-    return out / f"cpu_{Path(model).name.replace(':', '_')}_{precision}.json"
+def file_of(out: Path, model: str, precision: str, part: str) -> Path:
+    suffix = "" if part == "workloads" else f"_{part}"
+    return out / f"cpu_{Path(model).name.replace(':', '_')}_{precision}{suffix}.json"
+
+
+def result_of(out: Path, model: str, precision: str) -> dict[str, Any]:
+    """Both parts in one; what a load took and held is of the workloads where these were measured."""
+    growth, workloads = (read_json(file_of(out, model, precision, part)) for part in ("growth", "workloads"))
+    return growth | workloads
 
 
 def ceilings_command(args: argparse.Namespace) -> list[str]:
@@ -53,12 +63,12 @@ def load_command(args: argparse.Namespace, models: list[str]) -> list[str]:
     return [*program, *cases, *options, "--json", str(args.out / "load.json")]
 
 
-def workload_command(args: argparse.Namespace, model: str, precision: str, seconds: float) -> list[str]:
+def workload_command(args: argparse.Namespace, model: str, precision: str, part: str, seconds: float) -> list[str]:
     program = [sys.executable, str(Path(__file__).parent / "cpu_workloads.py")]
-    which = ["--shape" if model in shapes.NAMES else "--model", model, "--precision", precision]
+    which = ["--shape" if model in shapes.NAMES else "--model", model, "--precision", precision, "--parts", _RUNS[part]]
     # It stops by itself before it is ended.
     limits = ["--time-limit", str(round(0.7 * seconds)), "--repeats", str(args.repeats)]
-    file = file_of(args.out, model, precision)
+    file = file_of(args.out, model, precision, part)
     return [*program, *which, *limits, "--cpu-threads", str(args.cpu_threads), "--json", str(file)]
 
 
@@ -73,11 +83,11 @@ def measure(args: argparse.Namespace) -> bool:
     if "load" in args.only and stored:
         seconds = min(args.timeout * len(stored), end - time.monotonic())
         ok &= run(load_command(args, stored), args.out / "load.json", seconds)
-    for model in args.models if "workloads" in args.only else []:
-        for precision in args.precisions:
+    for part in (part for part in _RUNS if part in args.only):
+        for model, precision in itertools.product(args.models, args.precisions):
             seconds = min(args.timeout, end - time.monotonic())
-            command = workload_command(args, model, precision, max(seconds, 0))
-            ok &= run(command, file_of(args.out, model, precision), seconds)
+            command = workload_command(args, model, precision, part, max(seconds, 0))
+            ok &= run(command, file_of(args.out, model, precision, part), seconds)
     return ok
 
 
@@ -90,7 +100,7 @@ def tables(args: argparse.Namespace) -> None:
     text = cpu_tables.ceiling_table(ceilings) + (cpu_load.load_table(loads) if loads else "")
     for model in args.models:
         name = Path(model).name
-        results = {precision: read_json(file_of(args.out, model, precision)) for precision in args.precisions}
+        results = {precision: result_of(args.out, model, precision) for precision in args.precisions}
         results = {precision: result for precision, result in results.items() if result}
         of_ceiling = {p: cpu_tables.shares(result, machine) for p, result in results.items()} if machine else {}
         peers: cpu_tables.Rows = []
@@ -98,11 +108,11 @@ def tables(args: argparse.Namespace) -> None:
             content = Path(file).read_text("utf-8")
             peers += cpu_tables.read_peers(content, label, lambda result, name=name: belongs(result, name))
         text += cpu_tables.workload_table(name, results, peers, of_ceiling)
-        for group, title in (("sequences", "sequences after 128 tokens"), ("contexts", "one sequence after a context")):
+        for group, (title, _) in cpu_growth.GROUPS.items():
             heading = f"{name}: {title}, tokens/s (share of the ceiling)"
-            text += cpu_tables.growth_table(heading, group, results, of_ceiling)
+            text += cpu_growth.growth_table(heading, group, results, peers, of_ceiling)
             plot = args.out / f"cpu_{name}_{group}.png"
-            cpu_tables.plot_growth(name, group, results, of_ceiling, plot)
+            cpu_growth.plot_growth(name, group, results, peers, of_ceiling, plot)
         everything[name] = {"results": results, "of_ceiling": of_ceiling, "peers": dict(peers)}
     print(text)
     (args.out / "cpu_report.md").write_text(text, encoding="utf-8")

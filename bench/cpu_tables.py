@@ -1,18 +1,22 @@
-"""Tables (Markdown) and plots of cpu_report.py: figures, and the share of the machine's ceilings that they are."""
+"""Tables (Markdown) of cpu_report.py: figures, and the share of the machine's ceilings that they are."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from cpu_roofline import Machine, Model
-from tables import find_pyplot, number, save, table
+from tables import number, table
 
 Results = dict[str, dict[str, Any]]  # precision -> its result, of cpu_workloads.py
 Rows = list[tuple[str, dict[str, Any]]]  # column's name -> a result with the same keys
 
+_WORKLOADS = {
+    "prefill_tps": "prefill 512, tokens/s",
+    "decode_tps": "one sequence, tokens/s",
+    "batch_out_tps": "64 x 128/64 at 16, output tokens/s",
+}
 _BATCH = (64, 16, (128, 64))  # requests, at once, (prompt, output)
 
 
@@ -70,13 +74,10 @@ def shares(result: dict[str, Any], machine: Machine) -> dict[str, Any]:
 
 def workload_table(name: str, results: Results, peers: Rows, of_ceiling: Results) -> str:
     """Figures of every precision and peer; the ratio is of fastllm's best to the peers' best."""
+    peers = [(label, result) for label, result in peers if any(number(result, key) for key in _WORKLOADS)]
     columns = [*results.items(), *peers]
     rows: list[list[str]] = []
-    for key, label in (
-        ("prefill_tps", "prefill 512, tokens/s"),
-        ("decode_tps", "one sequence, tokens/s"),
-        ("batch_out_tps", "64 x 128/64 at 16, output tokens/s"),
-    ):
+    for key, label in _WORKLOADS.items():
         values = [number(result, key) for _, result in columns]
         if not any(values):
             continue
@@ -84,7 +85,7 @@ def workload_table(name: str, results: Results, peers: Rows, of_ceiling: Results
         theirs = [v for v in values[len(results) :] if v]
         ratio = f"{max(ours) / max(theirs):.2f}x" if ours and theirs else ""
         rows.append([label, *["" if v is None else f"{v:,.1f}" for v in values], ratio])
-        percents = [_percent(number(of_ceiling.get(column, {}), key)) for column in results]
+        percents = [percent(number(of_ceiling.get(column, {}), key)) for column in results]
         if any(percents):
             rows.append(["of the ceiling", *percents, *["" for _ in peers], ""])
     for key, label in (("load_s", "load, s"), ("peak_rss_mb", "peak RSS, MB")):
@@ -96,52 +97,5 @@ def workload_table(name: str, results: Results, peers: Rows, of_ceiling: Results
     return table(name, ["", *[column for column, _ in columns], "best to best peer"], rows)
 
 
-def growth_table(title: str, group: str, results: Results, of_ceiling: Results) -> str:
-    """Tokens/s of all sequences together, with the share of the ceiling, a row per count or length."""
-    keys = sorted({key for result in results.values() for key in result.get(group, {})}, key=int)
-    rows = []
-    for key in keys:
-        row = [key]
-        for precision, result in results.items():
-            rate = number(result, group, key, "tps")
-            share = _percent(number(of_ceiling.get(precision, {}), group, key))
-            why = result.get(group, {}).get(key, {}).get("skipped", "")
-            row.append(why if rate is None else f"{rate:,.1f} ({share})" if share else f"{rate:,.1f}")
-        rows.append(row)
-    return table(title, [group, *results], rows) if rows else ""
-
-
-def plot_growth(title: str, group: str, results: Results, of_ceiling: Results, file: Path) -> None:
-    """A line per precision, its ceiling dashed. Nothing without matplotlib or results."""
-    lines = {precision: _points(result.get(group, {})) for precision, result in results.items()}
-    lines = {precision: points for precision, points in lines.items() if points}
-    pyplot = find_pyplot() if lines else None
-    if pyplot is None:
-        return
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for precision, points in lines.items():
-        xs = [x for x, _ in points]
-        (line,) = axes.plot(xs, [rate for _, rate in points], marker="o", label=precision)
-        known = of_ceiling.get(precision, {}).get(group, {})
-        ceiling = [(x, rate / known[str(x)]) for x, rate in points if known.get(str(x))]
-        if ceiling:
-            axes.plot(*zip(*ceiling, strict=True), linestyle="--", color=line.get_color())
-    axes.set_xscale("log", base=2)
-    ticks = sorted({x for points in lines.values() for x, _ in points})
-    axes.set_xticks(ticks, [str(x) for x in ticks])
-    axes.set_yscale("log", base=10)
-    axes.set_xlabel("sequences after 128 tokens" if group == "sequences" else "tokens of context, one sequence")
-    axes.set_ylabel("tokens/s (dashed: ceiling)")
-    axes.set_title(title)
-    axes.grid(True, which="both", linewidth=0.3)
-    axes.legend()
-    save(pyplot, figure, file)
-
-
-def _points(figures: dict[str, Any]) -> list[tuple[int, float]]:
-    rates = [(int(key), number(figures, key, "tps")) for key in figures]
-    return sorted((n, rate) for n, rate in rates if rate is not None)
-
-
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "" if share is None else f"{share * 100:.0f} %"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One model in one precision on a CPU: prefill, one sequence, a batch, and growth over sequences and contexts.
+"""One model in one precision on a CPU: prefill, one sequence, a batch; and growth over sequences and contexts.
 
 prefill: 512 tokens in, 1 out. decode: one prompt of 32, tokens 2 to 128. batch: 64 requests of 128/64, 16 at once,
 prompts included. Token-id prompts, greedy, end tokens ignored, no prefix cache. Growth: tokens 2 to 33 of 1 to 64
@@ -25,9 +25,10 @@ import shapes
 import throughput
 
 PRECISIONS = ("bf16", "fp32", "int8", "int4")
+PARTS = ("plain", "growth")
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 1024, 4096, 16384)
-_STEPS = 32  # of growth
+STEPS = 32  # tokens of each sequence that growth times
 _LONG_S = 10.0  # a run longer than this is not repeated
 
 
@@ -54,9 +55,11 @@ class Workloads:
         self.result, self.options, self.repeats, self.file, self.end = result, options, repeats, file, end
         self.seed = 0
 
-    def run(self) -> None:
-        self._on_engine({"max_num_seqs": 16, "max_model_len": 1024, "enable_prefix_caching": False}, self._plain)
-        self._on_engine({"max_num_seqs": max(SEQUENCES)}, self._growth)
+    def run(self, parts: list[str]) -> None:
+        if "plain" in parts:
+            self._on_engine({"max_num_seqs": 16, "max_model_len": 1024, "enable_prefix_caching": False}, self._plain)
+        if "growth" in parts:
+            self._on_engine({"max_num_seqs": max(SEQUENCES)}, self._growth)
 
     def _on_engine(self, options: dict[str, Any], part: Callable[[Any], None]) -> None:
         from fastllm import LLM
@@ -89,7 +92,7 @@ class Workloads:
         cases += [("contexts", length, 1, length) for length in CONTEXTS]
         for group, name, count, length in cases:
             figures = self.result.setdefault(group, {})
-            if length + 1 + _STEPS > limit or time.monotonic() > self.end:
+            if length + 1 + STEPS > limit or time.monotonic() > self.end:
                 why = "the time is up" if time.monotonic() > self.end else f"the model's limit is {limit} tokens"
                 figures[str(name)] = {"skipped": why}
                 continue
@@ -103,10 +106,10 @@ class Workloads:
         seconds = []
         for _ in range(self.repeats):
             first = throughput.fastllm_run(llm, work, 1)
-            seconds.append(throughput.fastllm_run(llm, work, 1 + _STEPS) - first)
+            seconds.append(throughput.fastllm_run(llm, work, 1 + STEPS) - first)
             if seconds[-1] > _LONG_S or time.monotonic() > self.end:
                 break
-        return count * _STEPS / statistics.median(seconds)
+        return count * STEPS / statistics.median(seconds)
 
     def _record(self, name: str, measure: Callable[[], float], repeats: int) -> None:
         values: list[float] = []
@@ -136,11 +139,15 @@ def main() -> None:
     which.add_argument("--shape", choices=shapes.NAMES, help="random weights of this shape")
     which.add_argument("--model", help="a real model instead")
     p.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    p.add_argument("--parts", default=",".join(PARTS), help="of %(default)s")
     p.add_argument("--cpu-threads", type=int, default=0, help="0: every core this process may use")
     p.add_argument("--repeats", type=int, default=3, help="medians are over this many runs, of prefill over 2 more")
     p.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="no new run after it")
     p.add_argument("--json", metavar="FILE", help="the result, written after every figure")
     args = p.parse_args()
+    parts = args.parts.split(",")
+    if unknown := sorted({*parts} - {*PARTS}):
+        p.error(f"unknown parts: {', '.join(unknown)}")
     end = time.monotonic() + args.time_limit
 
     from fastllm.engine_args import EngineArgs
@@ -160,7 +167,7 @@ def main() -> None:
             "precision": args.precision,
             "spec": open_model(EngineArgs(**options)).spec,
         }
-        Workloads(result, options, args.repeats, args.json, end).run()
+        Workloads(result, options, args.repeats, args.json, end).run(parts)
 
 
 if __name__ == "__main__":
