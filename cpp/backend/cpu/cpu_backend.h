@@ -145,6 +145,7 @@ class CpuBackend final : public Backend {
   Kernels kernels_;
   ThreadPool pool_;
   std::vector<Range> ranges_;  // of share_ranges(), by thread
+  PageArena arena_;            // of packed weights
   Scratch shared_;             // prepared activations, partials
   Scratch per_thread_;
 

@@ -15,8 +15,9 @@ namespace {
 
 class DenseWeight final : public CpuWeight {
  public:
-  DenseWeight(std::int64_t rows, std::int64_t cols, DType dtype)
-      : CpuWeight(rows, cols, is_bf16(dtype) ? kPanel * round_up(cols, 32) * 2 : kPanel * cols * 4), dtype_(dtype) {}
+  DenseWeight(PageArena& arena, std::int64_t rows, std::int64_t cols, DType dtype)
+      : CpuWeight(arena, rows, cols, is_bf16(dtype) ? kPanel * round_up(cols, 32) * 2 : kPanel * cols * 4),
+        dtype_(dtype) {}
 
   DType dtype() const { return dtype_; }
 
@@ -112,8 +113,8 @@ struct ProductCut {
 
 std::unique_ptr<PackedWeight> CpuBackend::pack(const HostMatrix& weight, DType compute) {
   assert(compute == DType::F32 || compute == DType::BF16);
-  if (weight.groups.bits != 0) return pack_groups(weight, kernels_, pool_);
-  auto packed = std::make_unique<DenseWeight>(weight.rows, weight.cols, compute);
+  if (weight.groups.bits != 0) return pack_groups(weight, kernels_, arena_, pool_);
+  auto packed = std::make_unique<DenseWeight>(arena_, weight.rows, weight.cols, compute);
   const std::int64_t k = weight.cols;
   const std::size_t rows_bytes = static_cast<std::size_t>(kPanel * k) * 4;
   const std::size_t stride = rows_bytes + static_cast<std::size_t>(round_up(k, 64)) * 2;

@@ -8,6 +8,7 @@
 #include <fstream>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "fastllm/error.h"
 
@@ -54,6 +55,22 @@ Pages::Pages(std::size_t bytes) : bytes_(bytes) {
 }
 
 Pages::~Pages() { munmap(mapping_, mapped_); }
+
+std::shared_ptr<std::byte> PageArena::take(std::size_t bytes) {
+  constexpr std::size_t kChunk = 32 * kHugePage, kOwn = 4 * kHugePage, kSmallPage = 4096;
+  const auto piece = [](std::shared_ptr<Pages> pages, std::size_t at) {
+    auto* data = static_cast<std::byte*>(pages->data()) + at;
+    return std::shared_ptr<std::byte>(std::move(pages), data);
+  };
+  if (bytes >= kOwn) return piece(std::make_shared<Pages>(bytes), 0);
+  if (!chunk_ || kChunk - used_ < bytes) {
+    chunk_ = std::make_shared<Pages>(kChunk);
+    used_ = 0;
+  }
+  const std::size_t at = used_;
+  used_ += (bytes + kSmallPage - 1) / kSmallPage * kSmallPage;
+  return piece(chunk_, at);
+}
 
 MemoryInfo memory_info() {
   constexpr auto kNoLimit = std::numeric_limits<std::int64_t>::max();

@@ -90,8 +90,11 @@ struct CodeRows {
 
 }  // namespace
 
-QuantWeight::QuantWeight(std::int64_t rows, std::int64_t cols, const GroupFormat& format, ColumnOrder order)
-    : CpuWeight(rows, cols, groups_of(format, cols) * block_bytes(format)), format_(format), order_(std::move(order)) {
+QuantWeight::QuantWeight(PageArena& arena, std::int64_t rows, std::int64_t cols, const GroupFormat& format,
+                         ColumnOrder order)
+    : CpuWeight(arena, rows, cols, groups_of(format, cols) * block_bytes(format)),
+      format_(format),
+      order_(std::move(order)) {
   assert(format.bits == 4 || format.bits == 8);
   assert(format.size == 32 || format.size == 64 || format.size == 128);
   assert(!order_ || static_cast<std::int64_t>(order_->size()) == cols);
@@ -114,9 +117,10 @@ void QuantWeight::read_row(std::int64_t row, float scale, float* out) const {
   }
 }
 
-std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, const Kernels& kernels, ThreadPool& pool) {
+std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, const Kernels& kernels, PageArena& arena,
+                                         ThreadPool& pool) {
   const ColumnOrder order = weight.read_groups ? weight.order : nullptr;
-  auto packed = std::make_unique<QuantWeight>(weight.rows, weight.cols, weight.groups, order);
+  auto packed = std::make_unique<QuantWeight>(arena, weight.rows, weight.cols, weight.groups, order);
   const std::int64_t panels = packed->panels(), threads = pool.size();
   std::exception_ptr failure;
   std::mutex failed;

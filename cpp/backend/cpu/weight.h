@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "backend/backend.h"
 #include "backend/cpu/kernels.h"
@@ -17,9 +18,9 @@ class CpuWeight : public PackedWeight {
  public:
   std::int64_t rows() const override { return rows_; }
   std::int64_t cols() const override { return cols_; }
-  std::size_t bytes() const override { return pages_.bytes(); }
+  std::size_t bytes() const override { return static_cast<std::size_t>(panels() * panel_bytes_); }
   std::int64_t panels() const { return (rows_ + kPanel - 1) / kPanel; }
-  std::byte* panel(std::int64_t p) const { return static_cast<std::byte*>(pages_.data()) + p * panel_bytes_; }
+  std::byte* panel(std::int64_t p) const { return data_.get() + p * panel_bytes_; }
 
   // This weight where it is in groups of codes, else null.
   virtual const QuantWeight* quant() const { return nullptr; }
@@ -27,12 +28,12 @@ class CpuWeight : public PackedWeight {
   virtual void read_row(std::int64_t row, float scale, float* out) const = 0;
 
  protected:
-  CpuWeight(std::int64_t rows, std::int64_t cols, std::int64_t panel_bytes)
-      : rows_(rows), cols_(cols), panel_bytes_(panel_bytes), pages_(static_cast<std::size_t>(panels() * panel_bytes)) {}
+  CpuWeight(PageArena& arena, std::int64_t rows, std::int64_t cols, std::int64_t panel_bytes)
+      : rows_(rows), cols_(cols), panel_bytes_(panel_bytes), data_(arena.take(bytes())) {}
 
  private:
   std::int64_t rows_, cols_, panel_bytes_;
-  Pages pages_;
+  std::shared_ptr<std::byte> data_;
 };
 
 }  // namespace fastllm::cpu
