@@ -13,6 +13,7 @@
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/memory.h"
 #include "backend/cpu/step.h"
+#include "backend/cpu/weight.h"
 #include "base/share.h"
 #include "base/slot_tables.h"
 #include "base/thread_pool.h"
@@ -135,6 +136,8 @@ class CpuBackend final : public Backend {
   template <class Sums, class Prepare, class Product>
   void multiply(std::int64_t m, std::int64_t panels, std::int64_t block_bytes, const ProductCut<Sums>& cut,
                 Prepare&& prepare, Product&& product);
+  // Notes that the weight that starts at `now` is multiplied after the one before, and returns what follows it.
+  WeightStart in_order(const WeightStart& now, const std::shared_ptr<WeightStart>& after);
   // `bytes` for every thread; valid until the next call.
   std::byte* thread_scratch(std::size_t bytes);
 
@@ -144,9 +147,10 @@ class CpuBackend final : public Backend {
 
   Kernels kernels_;
   ThreadPool pool_;
-  std::vector<Range> ranges_;  // of share_ranges(), by thread
-  PageArena arena_;            // of packed weights
-  Scratch shared_;             // prepared activations, partials
+  std::vector<Range> ranges_;                                                  // of share_ranges(), by thread
+  PageArena arena_;                                                            // of packed weights
+  std::shared_ptr<WeightStart> after_last_ = std::make_shared<WeightStart>();  // of the weight multiplied last
+  Scratch shared_;                                                             // prepared activations, partials
   Scratch per_thread_;
 
   int vocab_ = 0;

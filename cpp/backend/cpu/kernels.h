@@ -39,7 +39,8 @@ struct GemmArgs {
   void* out;
   int64_t ldo;  // elements
   bool out_bf16, accumulate;
-  float* sums;  // room for gemm_sums() floats of the calling thread; bf16 weights only
+  float* sums;       // room for gemm_sums() floats of the calling thread; bf16 weights only
+  const void* next;  // what this thread reads after these weights, as far as anyone knows, or null; up to 32 rows only
 };
 
 // Bytes of the block of one group of one panel, and of the codes at its start.

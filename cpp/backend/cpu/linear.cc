@@ -20,6 +20,8 @@ class DenseWeight final : public CpuWeight {
         dtype_(dtype) {}
 
   DType dtype() const { return dtype_; }
+  // What was multiplied after this weight the last time; steps repeat their order.
+  const std::shared_ptr<WeightStart>& after() const { return after_; }
 
   void read_row(std::int64_t row, float scale, float* out) const override {
     const std::int64_t column = row % kPanel;
@@ -36,6 +38,7 @@ class DenseWeight final : public CpuWeight {
 
  private:
   DType dtype_;
+  std::shared_ptr<WeightStart> after_ = std::make_shared<WeightStart>();
 };
 
 // Row blocks of which a megabyte is in use.
@@ -76,9 +79,9 @@ class DenseProduct {
   std::int64_t sums(std::int64_t rows, std::int64_t panels) const {
     return narrow_ ? kernels_.gemm_sums(rows, panels, x_.cols()) : 0;
   }
-  // Rows [m0, m1), m0 being a multiple of kRowBlock, times panels [p0, p1).
+  // Rows [m0, m1), m0 being a multiple of kRowBlock, times panels [p0, p1). next: what the thread reads after them.
   void run(const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, const PartOut& out,
-           float* sums) const {
+           float* sums, const void* next) const {
     const std::int64_t prepared = m0 / kRowBlock * block_bytes();
     const GemmArgs g{.a = narrow_ ? static_cast<const std::byte*>(area) + prepared : x_.at(m0),
                      .lda = x_.stride[0],
@@ -91,7 +94,8 @@ class DenseProduct {
                      .ldo = out.stride,
                      .out_bf16 = is_bf16(out.dtype),
                      .accumulate = out.accumulate,
-                     .sums = sums};
+                     .sums = sums,
+                     .next = next};
     (narrow_ ? kernels_.gemm_bf16 : kernels_.gemm_f32)(g, 0, m1 - m0, 0, p1 - p0);
   }
 
@@ -170,9 +174,15 @@ void CpuBackend::embed(const Tensor& out, const Step& step, const PackedWeight& 
   });
 }
 
+WeightStart CpuBackend::in_order(const WeightStart& now, const std::shared_ptr<WeightStart>& after) {
+  *after_last_ = now;
+  after_last_ = after;
+  return *after;
+}
+
 // prepare(block, area): one block of activation rows as the product takes them, into an area of all blocks;
 // block_bytes: of one of them, 0 when the product takes the rows as they are.
-// product(area, m0, m1, p0, p1, sums): rows [m0, m1) times panels [p0, p1); sums: room for cut.sums() floats.
+// product(area, m0, m1, p0, p1, sums, thread): rows [m0, m1) times panels [p0, p1); sums: room for cut.sums() floats.
 template <class Sums, class Prepare, class Product>
 void CpuBackend::multiply(std::int64_t m, std::int64_t panels, std::int64_t block_bytes, const ProductCut<Sums>& cut,
                           Prepare&& prepare, Product&& product) {
@@ -188,7 +198,7 @@ void CpuBackend::multiply(std::int64_t m, std::int64_t panels, std::int64_t bloc
       if (p0 == p1) return;
       std::byte* a = scratch + each * static_cast<std::size_t>(i);
       if (block_bytes > 0) prepare(0, a);
-      product(a, 0, m, p0, p1, reinterpret_cast<float*>(a + rows_bytes));
+      product(a, 0, m, p0, p1, reinterpret_cast<float*>(a + rows_bytes), i);
     });
     return;
   }
@@ -210,7 +220,7 @@ void CpuBackend::multiply(std::int64_t m, std::int64_t panels, std::int64_t bloc
   share_ranges(chunks * groups, [&](std::int64_t item, int thread) {
     const std::int64_t b = item / chunks * group, p = item % chunks * chunk;
     product(a, b * kRowBlock, std::min(m, (b + group) * kRowBlock), p, std::min(panels, p + chunk),
-            reinterpret_cast<float*>(sums + sums_bytes * static_cast<std::size_t>(thread)));
+            reinterpret_cast<float*>(sums + sums_bytes * static_cast<std::size_t>(thread)), thread);
   });
 }
 
@@ -244,7 +254,7 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& 
     multiply(
         m, w.panels(), block_bytes, ProductCut{group_of(block_bytes), 8, no_sums},
         [&](std::int64_t block, void* area) { kernels_.prepare_i8(rows, block * kRowBlock, rows_of(block), area); },
-        [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float*) {
+        [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float*, int) {
           QuantArgs mine = g;
           mine.a = area;
           kernels_.gemm_quant(mine, m0, m1, p0, p1);
@@ -252,17 +262,20 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& 
     return;
   }
 
-  const DenseProduct dense(kernels_, x, static_cast<const DenseWeight&>(w));
+  const auto& weights = static_cast<const DenseWeight&>(w);
+  const DenseProduct dense(kernels_, x, weights);
+  const WeightStart after = m <= kRowBlock ? in_order(weights.start(w.panels()), weights.after()) : WeightStart{};
   const auto sums = [&](std::int64_t rows, std::int64_t panels) { return dense.sums(rows, panels); };
   multiply(
       m, w.panels(), dense.block_bytes(), ProductCut{dense.group(), 16, sums},
       [&](std::int64_t block, void* area) { dense.prepare(block, area); },
-      [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float* room) {
+      [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float* room,
+          int thread) {
         const std::int64_t n = p0 * kPanel;
         dense.run(
             area, m0, m1, p0, p1,
             {out.columns(n, out.cols() - n).at(m0), out.stride[0], out.dtype, bias ? bias + n : nullptr, accumulate},
-            room);
+            room, after.of(thread, pool_.size()));
       });
 }
 
@@ -280,6 +293,7 @@ void CpuBackend::gated_linear(const Tensor& out, const Tensor& scratch, const Te
   // Gates and what they let through meet in the cache of the thread that makes both.
   constexpr std::int64_t kChunk = 8;  // panels
   const DenseProduct dense(kernels_, x, w);
+  const WeightStart after = m <= kRowBlock ? in_order(w.start(panels), w.after()) : WeightStart{};
   const auto element = static_cast<std::int64_t>(size_of(out.dtype));
   const auto sums = [&](std::int64_t rows, std::int64_t p) {
     return round_up(dense.sums(rows, std::min(p, kChunk)), 32);
@@ -290,7 +304,8 @@ void CpuBackend::gated_linear(const Tensor& out, const Tensor& scratch, const Te
   multiply(
       m, panels, dense.block_bytes(), ProductCut{dense.group(), kChunk, room_of},
       [&](std::int64_t block, void* area) { dense.prepare(block, area); },
-      [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float* room) {
+      [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float* room,
+          int thread) {
         auto* both = reinterpret_cast<std::byte*>(room + sums(m1 - m0, p1 - p0));
         for (std::int64_t p = p0; p < p1; p += kChunk) {
           const std::int64_t q = std::min(p1, p + kChunk), width = (q - p) * kPanel;
@@ -299,7 +314,10 @@ void CpuBackend::gated_linear(const Tensor& out, const Tensor& scratch, const Te
             dense.run(area, m0, m1, first + p, first + q,
                       {both + half * width * element, 2 * width, out.dtype,
                        bias ? bias + (first + p) * kPanel : nullptr, false},
-                      room);
+                      room,
+                      half == 0 ? w.panel(panels + p)
+                      : q < p1  ? w.panel(q)
+                                : after.of(thread, pool_.size()));
           }
           const std::byte* gate = both;
           for (std::int64_t r = m0; r < m1; ++r, gate += 2 * width * element) {

@@ -9,10 +9,22 @@
 #include "backend/backend.h"
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/memory.h"
+#include "base/share.h"
 
 namespace fastllm::cpu {
 
 class QuantWeight;
+
+// Where the shares of a weight begin when few rows are multiplied. Numbers, not a reference: the weight may be gone
+// when its lines are asked for, and asking for memory that is gone does nothing.
+struct WeightStart {
+  const std::byte* data = nullptr;
+  std::int64_t panels = 0, panel_bytes = 0;
+
+  const std::byte* of(int thread, int threads) const {
+    return data ? data + share_of(panels, thread, threads).begin * panel_bytes : nullptr;
+  }
+};
 
 class CpuWeight : public PackedWeight {
  public:
@@ -21,6 +33,9 @@ class CpuWeight : public PackedWeight {
   std::size_t bytes() const override { return static_cast<std::size_t>(panels() * panel_bytes_); }
   std::int64_t panels() const { return (rows_ + kPanel - 1) / kPanel; }
   std::byte* panel(std::int64_t p) const { return data_.get() + p * panel_bytes_; }
+
+  // Its first `panels` panels; how they are cut is how the product is.
+  WeightStart start(std::int64_t panels) const { return {data_.get(), panels, panel_bytes_}; }
 
   // This weight where it is in groups of codes, else null.
   virtual const QuantWeight* quant() const { return nullptr; }

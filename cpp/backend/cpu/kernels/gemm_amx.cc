@@ -23,8 +23,8 @@ namespace {
 
 constexpr int64_t kSlab = 20;             // k blocks of 32 of a slab at most: 40 of the 48 KB of the first level
 constexpr int64_t kStretch = 1280 << 10;  // bytes of rows kept in the second level at most
-constexpr int64_t kAhead = 8 << 10;       // bytes of weights fetched ahead of use when they are used once
-constexpr int kAlone = 32;                // lines of a k block: weights are used by one row block and fetched as fast
+constexpr int64_t kAhead = 8;             // k blocks of weights fetched ahead of use when they are used once
+constexpr int kAlone = 32;                // lines of a k block: all that are used are fetched
 constexpr int64_t kBlockSums = kRowBlock * kPanel;
 
 // Tiles 0, 1: rows 0-15 of the two column tiles; 2, 3: rows 16-31. 4, 5: A. 6, 7: B.
@@ -60,27 +60,11 @@ void prepare_bf16(const uint16_t* x, int64_t ldx, int64_t begin, int64_t end, in
   }
 }
 
-// Adds k_blocks blocks of k to c, [32, 32] fp32, or starts it. kFetch: lines fetched from `ahead` on per k block.
+// Adds k_blocks blocks of k to the sums in the tiles. kFetch: lines fetched from `ahead` on per k block.
 template <bool kHigh, int kFetch>
-inline void add_slab(const uint16_t* a, const uint16_t* w, int64_t k_blocks, bool start, const char* ahead, float* c) {
-  if (start) {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-  } else {
-    TILE_LOAD(0, c, 128);
-    TILE_LOAD(1, c + 16, 128);
-  }
-  if constexpr (kHigh) {
-    if (start) {
-      TILE_ZERO(2);
-      TILE_ZERO(3);
-    } else {
-      TILE_LOAD(2, c + 16 * kPanel, 128);
-      TILE_LOAD(3, c + 16 * kPanel + 16, 128);
-    }
-  }
+inline void add_blocks(const uint16_t* a, const uint16_t* w, int64_t k_blocks, const char* ahead) {
   for (int64_t b = 0; b < k_blocks; ++b, a += 2 * kTile, w += 2 * kTile, ahead += kFetch * 64) {
-    for (int i = 0; i < kFetch; ++i) __builtin_prefetch(ahead + i * 64, 0, kFetch == kAlone ? 3 : 2);
+    for (int i = 0; i < kFetch; ++i) __builtin_prefetch(ahead + i * 64, 0, 2);
     if constexpr (kFetch == kAlone) {
       TILE_LOAD(4, a, 64);
     } else {
@@ -100,12 +84,44 @@ inline void add_slab(const uint16_t* a, const uint16_t* w, int64_t k_blocks, boo
       TILE_DOT(3, 5, 7);
     }
   }
+}
+
+// Sums in the tiles from c, [32, 32] fp32, or from zero, and back.
+template <bool kHigh>
+inline void begin_sums(bool start, const float* c) {
+  if (start) {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+  } else {
+    TILE_LOAD(0, c, 128);
+    TILE_LOAD(1, c + 16, 128);
+  }
+  if constexpr (kHigh) {
+    if (start) {
+      TILE_ZERO(2);
+      TILE_ZERO(3);
+    } else {
+      TILE_LOAD(2, c + 16 * kPanel, 128);
+      TILE_LOAD(3, c + 16 * kPanel + 16, 128);
+    }
+  }
+}
+template <bool kHigh>
+inline void end_sums(float* c) {
   TILE_STORE(0, c, 128);
   TILE_STORE(1, c + 16, 128);
   if constexpr (kHigh) {
     TILE_STORE(2, c + 16 * kPanel, 128);
     TILE_STORE(3, c + 16 * kPanel + 16, 128);
   }
+}
+
+// Adds k_blocks blocks of k to c or starts it.
+template <bool kHigh, int kFetch>
+inline void add_slab(const uint16_t* a, const uint16_t* w, int64_t k_blocks, bool start, const char* ahead, float* c) {
+  begin_sums<kHigh>(start, c);
+  add_blocks<kHigh, kFetch>(a, w, k_blocks, ahead);
+  end_sums<kHigh>(c);
 }
 
 // Whole panels of the common outputs without a test per vector.
@@ -155,14 +171,9 @@ struct Slab {
   int64_t k_blocks;
   bool start;
 };
-// The tiles are configured for a whole block of rows, or the rows there are when they are fewer, and stay so.
+// The tiles are configured for a whole block of rows and stay so.
 void multiply_slab(const Slab& s, int64_t rows, float* c) {
   const char* ahead = reinterpret_cast<const char*>(s.next);
-  if (rows <= kRowBlock) {
-    rows > 16 ? add_slab<true, kAlone>(s.a, s.w, s.k_blocks, s.start, ahead, c)
-              : add_slab<false, kAlone>(s.a, s.w, s.k_blocks, s.start, ahead, c);
-    return;
-  }
   const int64_t fetch = rows > 7 * kRowBlock ? 4 : rows > 3 * kRowBlock ? 8 : 16;  // lines a k block
   const uint16_t* a = s.a;
   for (int64_t left = rows, asked = 0; left > 0; left -= kRowBlock, asked += fetch, a += s.a_step, c += kBlockSums) {
@@ -183,14 +194,42 @@ void multiply_slab(const Slab& s, int64_t rows, float* c) {
   }
 }
 
+// Few rows: panels of weights pass once.
+//
+//   panel p0 ... panel p1 - 1 | next ...
+//     ^ here   ^ kAhead blocks on: fetched into the second level, where more lines can be under way than to the first
+template <bool kHigh>
+void multiply_once(const GemmArgs& g, int64_t m, int64_t rows, const uint16_t* a, int64_t p0, int64_t p1) {
+  constexpr int64_t kBlock = 2 * kTile;  // elements
+  const int64_t k_blocks = (g.k + 31) / 32;
+  const uint16_t* w = static_cast<const uint16_t*>(g.w) + p0 * k_blocks * kBlock;
+  // Nothing to follow: lines that are in the cache anyway.
+  const auto* next = reinterpret_cast<const char*>(g.next ? g.next : w);
+  configure_rows(rows);
+  for (int64_t p = p0, left = (p1 - p0) * k_blocks; p < p1; ++p, left -= k_blocks, w += k_blocks * kBlock) {
+    const int64_t inside = left - kAhead < 0 ? 0 : left - kAhead < k_blocks ? left - kAhead : k_blocks;
+    begin_sums<kHigh>(true, g.sums);
+    add_blocks<kHigh, kAlone>(a, w, inside, reinterpret_cast<const char*>(w + kAhead * kBlock));
+    add_blocks<kHigh, kAlone>(a + inside * kBlock, w + inside * kBlock, k_blocks - inside,
+                              next + (inside + kAhead - left) * kAlone * 64);
+    end_sums<kHigh>(g.sums);
+    finish_block(g, m, rows, p * kPanel, g.sums);
+  }
+  release();
+}
+
 void gemm_bf16(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   const int64_t row_blocks = (m1 - m0 + kRowBlock - 1) / kRowBlock;
   const Cut cut = cut_of(row_blocks, g.k);
   const int64_t panel = kPanel * cut.k_blocks * 32;  // elements, of weights as of prepared rows
   const auto* a = static_cast<const uint16_t*>(g.a) + m0 / kRowBlock * panel;
   const auto* w = static_cast<const uint16_t*>(g.w);
+  if (row_blocks == 1) {
+    (m1 - m0 > 16 ? multiply_once<true> : multiply_once<false>)(g, m0, m1 - m0, a, p0, p1);
+    return;
+  }
   const bool stretched = cut.stretch < cut.k_blocks;
-  configure_rows(m1 - m0 < kRowBlock ? m1 - m0 : kRowBlock);
+  configure_rows(kRowBlock);
   for (int64_t from = 0; from < cut.k_blocks; from += cut.stretch) {
     const int64_t to = from + cut.stretch < cut.k_blocks ? from + cut.stretch : cut.k_blocks;
     for (int64_t p = p0; p < p1; ++p) {
@@ -199,9 +238,7 @@ void gemm_bf16(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1
         const uint16_t* here = w + p * panel + k * 2 * kTile;
         const int64_t length = k + cut.slab < to ? cut.slab : to - k;
         // After the last slab of a stretch comes the first of the next panel.
-        const uint16_t* next = row_blocks == 1   ? here + kAhead / 2
-                               : k + length < to ? here + length * 2 * kTile
-                                                 : w + (p + 1) * panel + from * 2 * kTile;
+        const uint16_t* next = k + length < to ? here + length * 2 * kTile : w + (p + 1) * panel + from * 2 * kTile;
         multiply_slab({a + k * 2 * kTile, here, next, panel, length, k == 0}, m1 - m0, c);
       }
       if (to < cut.k_blocks) continue;
