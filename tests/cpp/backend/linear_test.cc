@@ -119,6 +119,22 @@ TEST_P(Linear, a_row_alone_equals_the_row_in_any_batch) {
   }
 }
 
+// A product of few rows asks for lines of the weight that followed the last time, which may be gone or another by now.
+TEST_P(Linear, a_product_is_the_same_whatever_followed_its_weight) {
+  constexpr std::int64_t kCols = 96;
+  const Array x = Array(DType::BF16, 3, kCols).fill(random);
+  const Array first = Array(DType::BF16, 130, kCols).fill(random), other = Array(DType::BF16, 65, kCols).fill(random);
+  const auto packed = backend->pack(host_matrix(first), DType::BF16);
+  Array expected(DType::F32, 3, 130), out(DType::F32, 3, 130), rest(DType::F32, 3, 65);
+  backend->linear(expected.tensor(), x.tensor(), *packed, nullptr, false);
+  for (int i = 0; i < 3; ++i) {
+    const auto follower = backend->pack(host_matrix(other), DType::BF16);
+    backend->linear(rest.tensor(), x.tensor(), *follower, nullptr, false);
+    backend->linear(out.tensor(), x.tensor(), *packed, nullptr, false);
+    for (std::int64_t r = 0; r < 3; ++r) ASSERT_TRUE(out.same_row(r, expected, r)) << "round " << i << " row " << r;
+  }
+}
+
 TEST_P(Linear, takes_rows_with_a_stride) {
   const Array w = Array(DType::BF16, 40, 64).fill(random);
   const Array wide = Array(DType::BF16, 6, 100).fill(random);
