@@ -10,9 +10,11 @@
 //   symmetric     w = scale[n][k / G] * (code - zero), zero being one number for the whole weight
 //   with offsets  w = scale[n][k / G] * code + offset[n][k / G]
 // They are packed as [N/32][K/G] blocks of: codes, 32 fp16 scales and, only with offsets, 32 fp16 offsets. What a last
-// group lacks is code 0.
-//   8 bits  [2 tiles][G/4 quads of k][16 columns][4]      16 quads of a tile: what TDPBSUD takes as its B operand
-//   4 bits  [2 tiles][G/8 pairs of quads][16 columns][4]  low nibbles: quad 2 pair, high nibbles: quad 2 pair + 1
+// group lacks is code 0. Codes lie as the product takes them:
+//   Quads, 8 bits    [2 tiles][G/4 quads of k][16 columns][4]
+//   Quads, 4 bits    [2 tiles][G/8 pairs of quads][16 columns][4]  low nibbles: quad 2 pair, high nibbles: the next one
+//   Columns, 8 bits  [32 columns][G/32][16 even k, 16 odd k]
+//   Columns, 4 bits  [32 columns][G/32][8 words of 16 bits]        word i: k = i, i + 8, i + 16, i + 24, from bit 0 up
 #pragma once
 
 #include <stddef.h>
@@ -52,14 +54,20 @@ static constexpr int64_t quant_block_bytes(int bits, int64_t group, bool offsets
 // Adjacent k that share a step of the activations: those of a group, or half of the largest.
 static constexpr int64_t quant_part(int64_t group) { return group < 64 ? group : 64; }
 
-// The same product with grouped weights, in integers within a part. Activations are rounded to int8 by rows and parts:
+enum class CodeOrder : int { Quads, Columns };
+
+// The same product with grouped weights. With codes in Quads, it is made of integers within a part: activations are
+// rounded to int8 by rows and parts,
 //   absmax = max |x|;  xs = absmax / 127;  xq = round to even(x * (127 / absmax)), or 0 for absmax <= 1e-36
 // With isum = sum code * xq and s = sum xq of a part, parts are added in ascending order and each operation rounds
 // once, so all instruction sets and batches give the same bits:
 //   symmetric     acc = fma(xs, scale * float(isum - zero * s), acc)
 //   with offsets  acc = fma(xs, fma(offset, float(s), scale * float(isum)), acc)
+// With codes in Columns, activations and weights are rounded to bf16 and their products are added in fp32 in ascending
+// k, as TDPBF16PS does; again batches give the same bits:
+//   w = bf16(fma(scale, code, offset)), offset being -scale * zero where there is none; halves go away from zero
 struct QuantArgs {
-  const void* a;    // what prepare_i8() wrote
+  const void* a;    // what prepare_quant() wrote
   const void* w;    // packed
   int64_t m, n, k;  // true sizes
   int bits;         // of a code: 8 or 4
@@ -70,9 +78,10 @@ struct QuantArgs {
   void* out;
   int64_t ldo;  // elements
   bool out_bf16, accumulate;
+  float* sums;  // room for quant_sums() floats of the calling thread
 };
 
-// Rows on their way to int8.
+// Rows on their way to codes or tiles.
 struct QuantRows {
   const void* x;  // fp32 or bf16
   bool x_bf16;
@@ -177,12 +186,14 @@ struct Kernels {
   void (*gemm_bf16)(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
   int64_t (*gemm_sums)(int64_t rows, int64_t panels, int64_t k);  // of the rows and panels of one gemm_bf16()
 
-  // The same three for grouped weights.
-  int64_t (*prepared_i8_bytes)(int64_t k);
-  void (*prepare_i8)(const QuantRows& rows, int64_t begin, int64_t end, void* prepared);
+  // The same for grouped weights, whose codes lie in code_order.
+  CodeOrder code_order;
+  int64_t (*prepared_quant_bytes)(int64_t k, int64_t group);
+  void (*prepare_quant)(const QuantRows& rows, int64_t begin, int64_t end, void* prepared);
   void (*gemm_quant)(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
   // gemm_quant() without the instructions that only some machines of this level have.
   void (*gemm_quant_plain)(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
+  int64_t (*quant_sums)(int64_t rows, int64_t panels, int64_t k, int64_t group);
 
   // False when a number, or a scale or offset as fp16, is not finite. The same for all instruction sets, bit for bit.
   bool (*choose_codes)(const CodeChoice& c);

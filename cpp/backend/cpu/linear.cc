@@ -43,7 +43,9 @@ class DenseWeight final : public CpuWeight {
 
 // Row blocks of which a megabyte is in use.
 std::int64_t group_of(std::int64_t block_bytes) { return std::max<std::int64_t>(1, (1 << 20) / block_bytes); }
-std::int64_t no_sums(std::int64_t, std::int64_t) { return 0; }
+// Tiles keep few enough of long rows in the cache by themselves; more row blocks than these would only make threads
+// wait for each other.
+constexpr std::int64_t kTileGroup = 12;
 
 // Where a part of a product goes: its first element, elements between rows, and the bias of its first column or null.
 struct PartOut {
@@ -68,10 +70,10 @@ class DenseProduct {
     kernels_.prepare_bf16(x_.ptr<std::uint16_t>(), x_.stride[0], block * kRowBlock,
                           std::min(x_.rows(), (block + 1) * kRowBlock), x_.cols(), area);
   }
-  // Row blocks to take together. Tiles keep few enough of long rows in the cache by themselves; more row blocks than
-  // these would only make threads wait for each other.
+  // What is multiplied next, when this is known.
+  const std::shared_ptr<WeightStart>& after() const { return w_.after(); }
+  // Row blocks to take together.
   std::int64_t group() const {
-    constexpr std::int64_t kTileGroup = 12;
     if (!narrow_) return group_of(kRowBlock * x_.cols() * 4);
     return kernels_.amx ? kTileGroup : group_of(block_bytes());
   }
@@ -105,6 +107,66 @@ class DenseProduct {
   const DenseWeight& w_;
   bool narrow_;
 };
+
+// The same with a weight in groups of codes.
+class QuantProduct {
+ public:
+  QuantProduct(const Kernels& kernels, const Tensor& x, const QuantWeight& w) : kernels_(kernels), x_(x), w_(w) {
+    assert(x.cols() == w.cols());
+  }
+
+  std::int64_t block_bytes() const { return kernels_.prepared_quant_bytes(x_.cols(), w_.format().size); }
+  void prepare(std::int64_t block, void* area) const {
+    const QuantRows rows{.x = x_.data,
+                         .x_bf16 = is_bf16(x_.dtype),
+                         .ldx = x_.stride[0],
+                         .k = x_.cols(),
+                         .group = w_.format().size,
+                         .order = w_.order()};
+    kernels_.prepare_quant(rows, block * kRowBlock, std::min(x_.rows(), (block + 1) * kRowBlock), area);
+  }
+  // Codes take their time; nothing is gained from knowing.
+  std::shared_ptr<WeightStart> after() const { return nullptr; }
+  std::int64_t group() const { return kernels_.amx ? kTileGroup : group_of(block_bytes()); }
+  std::int64_t sums(std::int64_t rows, std::int64_t panels) const {
+    return kernels_.quant_sums(rows, panels, x_.cols(), w_.format().size);
+  }
+  void run(const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, const PartOut& out,
+           float* sums, const void*) const {
+    const GroupFormat& f = w_.format();
+    const QuantArgs g{.a = static_cast<const std::byte*>(area) + m0 / kRowBlock * block_bytes(),
+                      .w = w_.panel(p0),
+                      .m = m1 - m0,
+                      .n = std::min(w_.rows(), p1 * kPanel) - p0 * kPanel,
+                      .k = x_.cols(),
+                      .bits = f.bits,
+                      .group = f.size,
+                      .offsets = f.offsets,
+                      .zero = f.zero,
+                      .bias = out.bias,
+                      .out = out.data,
+                      .ldo = out.stride,
+                      .out_bf16 = is_bf16(out.dtype),
+                      .accumulate = out.accumulate,
+                      .sums = sums};
+    kernels_.gemm_quant(g, 0, m1 - m0, 0, p1 - p0);
+  }
+
+ private:
+  const Kernels& kernels_;
+  const Tensor& x_;
+  const QuantWeight& w_;
+};
+
+// f(product) with the product that suits the weight.
+template <class F>
+void with_product(const Kernels& kernels, const Tensor& x, const CpuWeight& w, F&& f) {
+  if (const QuantWeight* quant = w.quant()) {
+    f(QuantProduct(kernels, x, *quant));
+  } else {
+    f(DenseProduct(kernels, x, static_cast<const DenseWeight&>(w)));
+  }
+}
 
 }  // namespace
 
@@ -228,104 +290,74 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const PackedWeight& 
                         bool accumulate) {
   const auto& w = static_cast<const CpuWeight&>(weight);
   assert(x.cols() == w.cols() && out.cols() == w.rows() && out.rows() == x.rows());
-  const std::int64_t m = x.rows(), k = w.cols();
+  const std::int64_t m = x.rows();
   if (m == 0) return;
-  const auto rows_of = [m](std::int64_t block) { return std::min(m, (block + 1) * kRowBlock); };
-
-  if (const QuantWeight* quant = w.quant()) {
-    const GroupFormat& f = quant->format();
-    const QuantArgs g{.a = nullptr,
-                      .w = w.panel(0),
-                      .m = m,
-                      .n = w.rows(),
-                      .k = k,
-                      .bits = f.bits,
-                      .group = f.size,
-                      .offsets = f.offsets,
-                      .zero = f.zero,
-                      .bias = bias,
-                      .out = out.data,
-                      .ldo = out.stride[0],
-                      .out_bf16 = is_bf16(out.dtype),
-                      .accumulate = accumulate};
-    const QuantRows rows{
-        .x = x.data, .x_bf16 = is_bf16(x.dtype), .ldx = x.stride[0], .k = k, .group = f.size, .order = quant->order()};
-    const std::int64_t block_bytes = kernels_.prepared_i8_bytes(k);
+  with_product(kernels_, x, w, [&](const auto& product) {
+    const WeightStart after =
+        product.after() && m <= kRowBlock ? in_order(w.start(w.panels()), product.after()) : WeightStart{};
+    const auto sums = [&](std::int64_t rows, std::int64_t panels) { return product.sums(rows, panels); };
     multiply(
-        m, w.panels(), block_bytes, ProductCut{group_of(block_bytes), 8, no_sums},
-        [&](std::int64_t block, void* area) { kernels_.prepare_i8(rows, block * kRowBlock, rows_of(block), area); },
-        [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float*, int) {
-          QuantArgs mine = g;
-          mine.a = area;
-          kernels_.gemm_quant(mine, m0, m1, p0, p1);
+        m, w.panels(), product.block_bytes(), ProductCut{product.group(), 16, sums},
+        [&](std::int64_t block, void* area) { product.prepare(block, area); },
+        [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float* room,
+            int thread) {
+          const std::int64_t n = p0 * kPanel;
+          product.run(
+              area, m0, m1, p0, p1,
+              {out.columns(n, out.cols() - n).at(m0), out.stride[0], out.dtype, bias ? bias + n : nullptr, accumulate},
+              room, after.of(thread, pool_.size()));
         });
-    return;
-  }
-
-  const auto& weights = static_cast<const DenseWeight&>(w);
-  const DenseProduct dense(kernels_, x, weights);
-  const WeightStart after = m <= kRowBlock ? in_order(weights.start(w.panels()), weights.after()) : WeightStart{};
-  const auto sums = [&](std::int64_t rows, std::int64_t panels) { return dense.sums(rows, panels); };
-  multiply(
-      m, w.panels(), dense.block_bytes(), ProductCut{dense.group(), 16, sums},
-      [&](std::int64_t block, void* area) { dense.prepare(block, area); },
-      [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float* room,
-          int thread) {
-        const std::int64_t n = p0 * kPanel;
-        dense.run(
-            area, m0, m1, p0, p1,
-            {out.columns(n, out.cols() - n).at(m0), out.stride[0], out.dtype, bias ? bias + n : nullptr, accumulate},
-            room, after.of(thread, pool_.size()));
-      });
+  });
 }
 
 void CpuBackend::gated_linear(const Tensor& out, const Tensor& scratch, const Tensor& x, const PackedWeight& weight,
                               const float* bias, Activation act) {
-  const auto& packed = static_cast<const CpuWeight&>(weight);
+  const auto& w = static_cast<const CpuWeight&>(weight);
   const std::int64_t m = x.rows(), inner = out.cols(), panels = inner / kPanel;
-  if (packed.quant() != nullptr || inner % kPanel != 0) {
+  if (inner % kPanel != 0) {
     Backend::gated_linear(out, scratch, x, weight, bias, act);
     return;
   }
-  const auto& w = static_cast<const DenseWeight&>(packed);
   assert(w.rows() == 2 * inner && out.dtype == x.dtype && out.rows() == m);
   if (m == 0) return;
   // Gates and what they let through meet in the cache of the thread that makes both.
   constexpr std::int64_t kChunk = 8;  // panels
-  const DenseProduct dense(kernels_, x, w);
-  const WeightStart after = m <= kRowBlock ? in_order(w.start(panels), w.after()) : WeightStart{};
   const auto element = static_cast<std::int64_t>(size_of(out.dtype));
-  const auto sums = [&](std::int64_t rows, std::int64_t p) {
-    return round_up(dense.sums(rows, std::min(p, kChunk)), 32);
-  };
-  const auto room_of = [&](std::int64_t rows, std::int64_t p) {
-    return sums(rows, p) + rows * 2 * std::min(p, kChunk) * kPanel;
-  };
-  multiply(
-      m, panels, dense.block_bytes(), ProductCut{dense.group(), kChunk, room_of},
-      [&](std::int64_t block, void* area) { dense.prepare(block, area); },
-      [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float* room,
-          int thread) {
-        auto* both = reinterpret_cast<std::byte*>(room + sums(m1 - m0, p1 - p0));
-        for (std::int64_t p = p0; p < p1; p += kChunk) {
-          const std::int64_t q = std::min(p1, p + kChunk), width = (q - p) * kPanel;
-          for (const std::int64_t half : {0, 1}) {
-            const std::int64_t first = half * panels;
-            dense.run(area, m0, m1, first + p, first + q,
-                      {both + half * width * element, 2 * width, out.dtype,
-                       bias ? bias + (first + p) * kPanel : nullptr, false},
-                      room,
-                      half == 0 ? w.panel(panels + p)
-                      : q < p1  ? w.panel(q)
-                                : after.of(thread, pool_.size()));
+  with_product(kernels_, x, w, [&](const auto& product) {
+    const WeightStart after =
+        product.after() && m <= kRowBlock ? in_order(w.start(panels), product.after()) : WeightStart{};
+    const auto sums = [&](std::int64_t rows, std::int64_t p) {
+      return round_up(product.sums(rows, std::min(p, kChunk)), 32);
+    };
+    const auto room_of = [&](std::int64_t rows, std::int64_t p) {
+      return sums(rows, p) + rows * 2 * std::min(p, kChunk) * kPanel;
+    };
+    multiply(
+        m, panels, product.block_bytes(), ProductCut{product.group(), kChunk, room_of},
+        [&](std::int64_t block, void* area) { product.prepare(block, area); },
+        [&](const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, float* room,
+            int thread) {
+          auto* both = reinterpret_cast<std::byte*>(room + sums(m1 - m0, p1 - p0));
+          for (std::int64_t p = p0; p < p1; p += kChunk) {
+            const std::int64_t q = std::min(p1, p + kChunk), width = (q - p) * kPanel;
+            for (const std::int64_t half : {0, 1}) {
+              const std::int64_t first = half * panels;
+              product.run(area, m0, m1, first + p, first + q,
+                          {both + half * width * element, 2 * width, out.dtype,
+                           bias ? bias + (first + p) * kPanel : nullptr, false},
+                          room,
+                          half == 0 ? w.panel(panels + p)
+                          : q < p1  ? w.panel(q)
+                                    : after.of(thread, pool_.size()));
+            }
+            const std::byte* gate = both;
+            for (std::int64_t r = m0; r < m1; ++r, gate += 2 * width * element) {
+              kernels_.gated_act(out.columns(p * kPanel, width).at(r), gate, gate + width * element, is_bf16(out.dtype),
+                                 width, to_act(act));
+            }
           }
-          const std::byte* gate = both;
-          for (std::int64_t r = m0; r < m1; ++r, gate += 2 * width * element) {
-            kernels_.gated_act(out.columns(p * kPanel, width).at(r), gate, gate + width * element, is_bf16(out.dtype),
-                               width, to_act(act));
-          }
-        }
-      });
+        });
+  });
 }
 
 }  // namespace fastllm::cpu

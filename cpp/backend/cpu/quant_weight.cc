@@ -3,37 +3,19 @@
 #include <algorithm>
 #include <array>
 #include <cassert>
-#include <cstring>
 #include <exception>
 #include <mutex>
 #include <utility>
 #include <vector>
 
 #include "backend/cpu/choose_codes.h"
-#include "tensor/dtype.h"
 
 namespace fastllm::cpu {
 namespace {
 
 static_assert(kGroup == fastllm::kGroup);
-constexpr std::int64_t kTile = 16;  // columns
 
 std::int64_t groups_of(const GroupFormat& f, std::int64_t cols) { return (cols + f.size - 1) / f.size; }
-std::int64_t code_bytes(const GroupFormat& f) { return quant_code_bytes(f.bits, f.size); }
-std::int64_t block_bytes(const GroupFormat& f) { return quant_block_bytes(f.bits, f.size, f.offsets); }
-
-// Where a block has the code of a column and a k; 4-bit codes of odd quads are in the high halves.
-std::int64_t code_at(const GroupFormat& f, std::int64_t column, std::int64_t k) {
-  const std::int64_t tile = column / kTile, quad = f.bits == 8 ? k / 4 : k / 8;
-  return (tile * f.size * f.bits / 32 + quad) * kTile * 4 + column % kTile * 4 + k % 4;
-}
-bool in_high_half(int bits, std::int64_t k) { return bits == 4 && k / 4 % 2 == 1; }
-
-f16 load_half(const std::byte* p) {
-  f16 x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
 
 // Codes of up to kPanel rows, as HostMatrix::read_groups gives them.
 struct CodeRows {
@@ -56,16 +38,19 @@ struct CodeRows {
   }
 
   // Rows [0, n) into a panel of zeros.
-  void pack(const GroupFormat& f, std::int64_t n, std::byte* panel) const {
-    for (std::int64_t g = 0; g < groups; ++g) {
-      std::byte* block = panel + g * block_bytes(f);
+  void pack(const CodeBlock& layout, std::int64_t size, std::int64_t n, std::byte* panel) const {
+    std::array<std::uint8_t, kSpan> last;
+    for (std::int64_t g = 0; g < groups; ++g, panel += layout.bytes()) {
       for (std::int64_t r = 0; r < n; ++r) {
-        std::array<std::uint8_t, kSpan> group{};
-        const std::int64_t begin = g * f.size;
-        std::copy_n(codes.data() + r * cols + begin, std::min<std::int64_t>(f.size, cols - begin), group.begin());
-        for (std::int64_t k = 0; k < f.size; k += 4) put_quad(f, r, k, group.data() + k, block);
-        put(block + code_bytes(f) + r * 2, scales[static_cast<std::size_t>(r * groups + g)]);
-        if (f.offsets) put(block + code_bytes(f) + (kPanel + r) * 2, offsets[static_cast<std::size_t>(r * groups + g)]);
+        const std::uint8_t* group = codes.data() + r * cols + g * size;
+        if ((g + 1) * size > cols) {
+          last.fill(0);
+          std::copy_n(group, cols - g * size, last.begin());
+          group = last.data();
+        }
+        layout.put_codes(r, group, panel);
+        const auto at = static_cast<std::size_t>(r * groups + g);
+        layout.put_scale(r, scales[at], offsets.empty() ? 0.0f : offsets[at], panel);
       }
     }
   }
@@ -74,43 +59,29 @@ struct CodeRows {
   std::vector<std::uint8_t> codes;
   std::vector<float> scales, offsets;
   std::vector<float> numbers;
-
- private:
-  static void put(std::byte* to, float x) {
-    const f16 half = to_f16(x);
-    std::memcpy(to, &half, sizeof half);
-  }
-  static void put_quad(const GroupFormat& f, std::int64_t column, std::int64_t k, const std::uint8_t* quad,
-                       std::byte* block) {
-    std::byte* to = block + code_at(f, column, k);
-    const int shift = in_high_half(f.bits, k) ? 4 : 0;
-    for (int i = 0; i < 4; ++i) to[i] |= static_cast<std::byte>(quad[i] << shift);
-  }
 };
 
 }  // namespace
 
 QuantWeight::QuantWeight(PageArena& arena, std::int64_t rows, std::int64_t cols, const GroupFormat& format,
-                         ColumnOrder order)
-    : CpuWeight(arena, rows, cols, groups_of(format, cols) * block_bytes(format)),
+                         CodeOrder codes, ColumnOrder order)
+    : CpuWeight(arena, rows, cols, groups_of(format, cols) * CodeBlock(format, codes).bytes()),
       format_(format),
+      block_(format, codes),
       order_(std::move(order)) {
-  assert(format.bits == 4 || format.bits == 8);
-  assert(format.size == 32 || format.size == 64 || format.size == 128);
   assert(!order_ || static_cast<std::int64_t>(order_->size()) == cols);
 }
 
 void QuantWeight::read_row(std::int64_t row, float scale, float* out) const {
   const std::int64_t column = row % kPanel;
   const std::byte* block = panel(row / kPanel);
-  for (std::int64_t begin = 0; begin < cols(); begin += format_.size, block += block_bytes(format_)) {
-    const std::byte* halves = block + code_bytes(format_) + column * 2;
-    const float step = to_float(load_half(halves));
-    const float offset = format_.offsets ? to_float(load_half(halves + kPanel * 2)) : 0.0f;
+  std::array<std::uint8_t, kSpan> codes;
+  for (std::int64_t begin = 0; begin < cols(); begin += format_.size, block += block_.bytes()) {
+    block_.get_codes(column, block, codes.data());
+    const float step = block_.scale(column, block), offset = block_.offset(column, block);
     const std::int64_t width = std::min<std::int64_t>(format_.size, cols() - begin);
     for (std::int64_t k = 0; k < width; ++k) {
-      const int byte = std::to_integer<int>(block[code_at(format_, column, k)]);
-      const int code = format_.bits == 8 ? byte : in_high_half(format_.bits, k) ? byte >> 4 : byte & 15;
+      const int code = codes[static_cast<std::size_t>(k)];
       const std::int64_t at = order_ ? (*order_)[static_cast<std::size_t>(begin + k)] : begin + k;
       out[at] = scale * (step * static_cast<float>(code - format_.zero) + offset);
     }
@@ -120,7 +91,9 @@ void QuantWeight::read_row(std::int64_t row, float scale, float* out) const {
 std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, const Kernels& kernels, PageArena& arena,
                                          ThreadPool& pool) {
   const ColumnOrder order = weight.read_groups ? weight.order : nullptr;
-  auto packed = std::make_unique<QuantWeight>(arena, weight.rows, weight.cols, weight.groups, order);
+  auto packed =
+      std::make_unique<QuantWeight>(arena, weight.rows, weight.cols, weight.groups, kernels.code_order, order);
+  const CodeBlock layout(weight.groups, kernels.code_order);
   const std::int64_t panels = packed->panels(), threads = pool.size();
   std::exception_ptr failure;
   std::mutex failed;
@@ -130,7 +103,7 @@ std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, const Kernels
       for (std::int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; ++p) {
         const std::int64_t begin = p * kPanel, end = std::min(begin + kPanel, weight.rows);
         rows.read(weight, kernels, begin, end);
-        rows.pack(weight.groups, end - begin, packed->panel(p));
+        rows.pack(layout, weight.groups.size, end - begin, packed->panel(p));
       }
     } catch (...) {
       const std::lock_guard lock(failed);

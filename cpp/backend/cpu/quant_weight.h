@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "backend/cpu/code_block.h"
 #include "backend/cpu/weight.h"
 #include "base/thread_pool.h"
 
@@ -15,7 +16,8 @@ using ColumnOrder = std::shared_ptr<const std::vector<std::int32_t>>;
 
 class QuantWeight final : public CpuWeight {
  public:
-  QuantWeight(PageArena& arena, std::int64_t rows, std::int64_t cols, const GroupFormat& format, ColumnOrder order);
+  QuantWeight(PageArena& arena, std::int64_t rows, std::int64_t cols, const GroupFormat& format, CodeOrder codes,
+              ColumnOrder order);
   const QuantWeight* quant() const override { return this; }
   const GroupFormat& format() const { return format_; }
   const std::int32_t* order() const { return order_ ? order_->data() : nullptr; }
@@ -23,12 +25,13 @@ class QuantWeight final : public CpuWeight {
 
  private:
   GroupFormat format_;
+  CodeBlock block_;
   ColumnOrder order_;
 };
 
-// Packs a matrix as weight.groups says. Every thread writes the panels that it reads later when few rows are
-// multiplied, so that their pages are near it. Throws what the matrix throws, and LoadError when numbers are too large
-// for fp16 scales.
+// Packs a matrix as weight.groups says, its codes in the order of the kernels. Every thread writes the panels that it
+// reads later when few rows are multiplied, so that their pages are near it. Throws what the matrix throws, and
+// LoadError when numbers are too large for fp16 scales.
 std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, const Kernels& kernels, PageArena& arena,
                                          ThreadPool& pool);
 

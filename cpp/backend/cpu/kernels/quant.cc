@@ -10,6 +10,8 @@
 #include "backend/cpu/kernels/micro.h"
 #include "backend/cpu/kernels/quant_dot.h"
 
+#if !defined(__AMX_BF16__)
+
 namespace fastllm::cpu {
 namespace {
 
@@ -22,9 +24,11 @@ constexpr int kQuantRows = 4;
 constexpr int kQuantRows = 2;
 #endif
 
-int64_t prepared_i8_bytes(int64_t k) {
+int64_t prepared_quant_bytes(int64_t k, int64_t) {
   return kRowBlock / kTileRows * spans_of(k) * static_cast<int64_t>(sizeof(SpanRows));
 }
+
+int64_t quant_sums(int64_t, int64_t, int64_t, int64_t) { return 0; }
 
 #if defined(__AVX2__)
 typedef __m256i Half;  // of eight lanes
@@ -145,7 +149,7 @@ void prepare_rows(const QuantRows& rows, int64_t begin, int64_t end, SpanRows* p
   }
 }
 
-void prepare_i8(const QuantRows& rows, int64_t begin, int64_t end, void* prepared) {
+void prepare_quant(const QuantRows& rows, int64_t begin, int64_t end, void* prepared) {
   const bool small = quant_part(rows.group) == 32;
   const auto prepare = rows.x_bf16 ? (small ? prepare_rows<32, uint16_t> : prepare_rows<64, uint16_t>)
                                    : (small ? prepare_rows<32, float> : prepare_rows<64, float>);
@@ -256,20 +260,18 @@ void gemm_quant(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t 
 
 }  // namespace
 
-#if defined(__AMX_BF16__)
-void FASTLLM_ISA::multiply_rows(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  gemm_quant<ByteDot, ByteDot>(g, m0, m1, p0, p1);
-}
-#endif
-
 void FASTLLM_ISA::fill_quant(Kernels& t) {
-  t.prepared_i8_bytes = prepared_i8_bytes;
-  t.prepare_i8 = prepare_i8;
+  t.code_order = CodeOrder::Quads;
+  t.prepared_quant_bytes = prepared_quant_bytes;
+  t.prepare_quant = prepare_quant;
   t.gemm_quant_plain = gemm_quant<PlainDot<8>, PlainDot<4>>;
   t.gemm_quant = t.gemm_quant_plain;
+  t.quant_sums = quant_sums;
 #if defined(__AVX2__)
   if (has_byte_dot()) t.gemm_quant = gemm_quant<ByteDot, ByteDot>;
 #endif
 }
 
 }  // namespace fastllm::cpu
+
+#endif

@@ -9,11 +9,6 @@
 
 namespace fastllm::cpu {
 
-namespace FASTLLM_ISA {
-// gemm_quant() for few rows, with the dot products of bytes that has_byte_dot() promises. AMX level only.
-void multiply_rows(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
-}  // namespace FASTLLM_ISA
-
 namespace {
 
 #if defined(__AVX2__)

@@ -1,343 +1,342 @@
-// The product with grouped weights on AMX tiles, for more than a few rows.
+// The product with grouped weights on AMX tiles: codes become bf16 in the first-level cache and meet bf16 rows.
 //
-//   for m, n: acc = 0; for parts: acc = fma(xs[m][part], scale[n][g] * sum_k (code[n][k] - zero) * xq[m][k], acc)
+//   for m, n: s = 0; for k: s += bf16(x[m][k]) * bf16(fma(scale[n][g], code[n][k], offset[n][g]))
 //
-// A part has steps and scales of its own, so its sums leave the tiles at once: they are stored and come back as vectors
-// to be scaled. While the vectors of a span are scaled, the tiles work on the next span, be it of the next rows:
+// Weights are the A operand, since 32 adjacent k of one column are a line of it: those of 4 bits are looked up in a
+// table of 16 numbers that a column has for each group, those of 8 bits are computed. While the tiles multiply a slab,
+// vectors convert the next one, a little beside each k block, and ask for the codes behind it:
 //
-//     a span of 16 rows   tiles    part 0 of both column tiles, part 1, ...   sums are stored kLag products later, so
-//                                                                             that four tiles of sums are in flight
-//                         vectors  parts of 8 rows; of the other 8 rows       sums of 8 x 32 in registers
+//     slab i       row block 0, 1, ...   for each 32 k: convert a part of slab i + 1; four products of tiles
+//     slab i + 1   row block 0, 1, ...   ... slab i + 2, be it of the next panel
 //
-// Codes become signed bytes and scales fp32 once for kStripRows rows, a chunk of spans at a time; two such chunks
-// exist, that of the step and that of the tiles' next step. Cost: N K (bits + 16 / G) / 8 bytes while M is small.
-// Benchmark: fastllm_bench_ops --benchmark_filter=Quant
-#include "backend/cpu/kernels/micro.h"
-#include "backend/cpu/kernels/quant.h"
-#include "backend/cpu/kernels/tiles.h"
+// Cost: N K (bits + 16 / G) / 8 bytes while M is small, where converting takes nearly as long as reading; 2 M N K
+// operations when it is large. Benchmark: fastllm_bench_ops --benchmark_filter=Quant
+#include "backend/cpu/kernels/half.h"
+#include "backend/cpu/kernels/tile_product.h"
 
 #if defined(__AMX_BF16__)
 
 namespace fastllm::cpu {
 namespace {
 
-constexpr int64_t kFewRows = 4;      // up to here vectors alone are faster
-constexpr int64_t kManyRows = 128;   // from here on memory is not what counts
-constexpr int64_t kStripRows = 512;  // rows that share one unpacking
-constexpr int64_t kChunk = 2;        // spans unpacked together for many rows; one for few
-constexpr int64_t kTileSums = kTileRows * kW;
+constexpr int64_t kSlab = 16;             // k blocks of 32 of a slab at most
+constexpr int64_t kFewSlab = 4;           // the same for one row block, whose sums stay in tiles
+constexpr int64_t kCodesAhead = 8 << 10;  // bytes of codes asked for ahead of use
+constexpr int64_t kTogether = 8;          // runs of 32 k of a column that are converted at once
+constexpr int64_t kFewRows = 4;           // up to here rows are gathered out of transposed sums
 
-// One span of a panel.
-struct alignas(64) Unpacked {
-  uint8_t codes[2][kSpan * kW];                                           // [tile][quads][16 columns][4]; minus zero
-  float scales[kSpan / kGroup][kPanel], offsets[kSpan / kGroup][kPanel];  // [part]
-};
+// Codes of some columns of a group, on their way to bf16.
+template <int kBits, int kRuns>  // runs of 32 k of a group
+class Converter {
+ public:
+  explicit Converter(const QuantArgs& g) : offsets_(g.offsets), zero_(static_cast<float>(g.zero)) {}
 
-// Integer sums of a span: [tile][part][16 rows][16 columns].
-struct alignas(64) Sums {
-  int32_t of[2][kSpan / kGroup][kTileSums];
-};
-
-// Rows of one tile times a chunk.
-struct Work {
-  int64_t rows;          // that exist; 0: nothing
-  const SpanRows* span;  // the first
-  const Unpacked* w;
-  int64_t spans;
-  bool first, last;  // of its rows and panel
-  int64_t m, panel;
-  float* total;       // [2 tiles][16 rows][16 columns]
-  const char* ahead;  // weights to fetch for the chunk after the next one, or null
-  int64_t bytes;      // of weights of a span
-};
-
-template <int kBits>
-void unpack_codes(const char* w, int zero, int64_t quads, uint8_t* to) {
-  const __m512i minus = _mm512_set1_epi8(static_cast<char>(zero));
-  for (int64_t quad = 0; quad < quads; quad += 2) {
-    __m512i low, high;
-    if constexpr (kBits == 8) {
-      low = _mm512_loadu_si512(w + quad * 64);
-      high = _mm512_loadu_si512(w + quad * 64 + 64);
-    } else {
-      const __m512i both = _mm512_loadu_si512(w + quad * 32), nibble = _mm512_set1_epi8(15);
-      low = _mm512_and_si512(both, nibble);
-      high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-    }
-    _mm512_store_si512(to + quad * 64, _mm512_sub_epi8(low, minus));
-    _mm512_store_si512(to + quad * 64 + 64, _mm512_sub_epi8(high, minus));
+  // From this block on, to [32 k][32 columns][32 of bf16].
+  void start(const char* block, int64_t blocks, uint16_t* to) {
+    codes_ = block;
+    to_ = to;
+    left_ = blocks * kPanel;
   }
-}
+  // The next kTogether runs, if there are any.
+  void step() {
+    if (left_ == 0) return;
+    if (column_ == 0) read_scales();
+    for (int64_t line = 0; line < kTogether * kRunBytes; line += 64)
+      __builtin_prefetch(codes_ + kCodesAhead + line, 0, 3);
+    const float *scale = scale_ + column_, *offset = offset_ + column_;
+    uint16_t* to = to_ + column_ * 32;
+    const char* codes = codes_;
+    for (int64_t c = 0; c < kColumns; ++c)
+      convert(codes + c * kRuns * kRunBytes, _mm512_set1_ps(scale[c]), _mm512_set1_ps(offset[c]), to + c * 32);
+    codes_ = codes + kTogether * kRunBytes;
+    left_ -= kColumns;
+    column_ += kColumns;
+    if (column_ < kPanel) return;
+    column_ = 0;
+    codes_ += kPanel * (offsets_ ? 4 : 2);
+    to_ += kRuns * 2 * kTile;
+  }
+  void finish() {
+    while (left_ > 0) step();
+  }
 
-// The blocks of one span at w.
-void unpack(const QuantArgs& g, const char* w, int64_t groups, Unpacked& to) {
-  const int64_t code_bytes = quant_code_bytes(g.bits, g.group), bytes = quant_block_bytes(g.bits, g.group, g.offsets);
-  const int64_t parts = g.group / quant_part(g.group);  // of a group
-  const auto codes = g.bits == 8 ? unpack_codes<8> : unpack_codes<4>;
-  for (int64_t b = 0; b < groups; ++b, w += bytes) {
-    for (int64_t tile = 0; tile < 2; ++tile)
-      codes(w + tile * code_bytes / 2, g.zero, g.group / 4, to.codes[tile] + b * g.group * kW);
-    const auto* scales = reinterpret_cast<const uint16_t*>(w + code_bytes);
-    for (int64_t part = b * parts; part < (b + 1) * parts; ++part) {
-      for (int64_t c = 0; c < kPanel; c += kW) {
-        store(to.scales[part] + c, load_half(scales + c));
-        if (g.offsets) store(to.offsets[part] + c, load_half(scales + kPanel + c));
+ private:
+  static constexpr int64_t kRunBytes = 4 * kBits;  // of codes
+  static constexpr int64_t kColumns = kTogether / kRuns;
+
+  void read_scales() {
+    const auto* halves = reinterpret_cast<const uint16_t*>(codes_ + kPanel * kRuns * kRunBytes);
+    for (int64_t i = 0; i < kPanel; i += kW) {
+      const vf scale = load_half(halves + i);
+      store(scale_ + i, scale);
+      store(offset_ + i, offsets_ ? load_half(halves + kPanel + i) : scale * -zero_);
+    }
+    __builtin_prefetch(reinterpret_cast<const char*>(halves) + kCodesAhead, 0, 3);
+  }
+  // To the nearest bf16 in the high half, the greater one of two. VCVTNE2PS2BF16 takes four slots for the same.
+  static __m512i rounded(__m512 x) { return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)); }
+  static __m128i load_16(const char* codes) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)); }
+
+  // The runs of one column of a group.
+  static void convert(const char* codes, __m512 scale, __m512 offset, uint16_t* to) {
+    if constexpr (kBits == 4) {
+      const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const __m512i numbers = rounded(_mm512_fmadd_ps(scale, levels, offset));
+      // Each number twice, so that bit 0 of an index is of no meaning.
+      const __m512i high =
+          _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15));
+      const __m512i table = _mm512_shuffle_epi8(numbers, high);
+      // The code of k = 8 lane + i goes to bits 1 to 4 of word i of that lane, all that the look-up reads.
+      const __m512i turns = _mm512_setr_epi32(1, 1, 1, 1, 29, 29, 29, 29, 25, 25, 25, 25, 21, 21, 21, 21);
+      for (int run = 0; run < kRuns; ++run, codes += kRunBytes, to += 2 * kTile) {
+        const __m512i words = _mm512_rolv_epi32(_mm512_broadcast_i32x4(load_16(codes)), turns);
+        _mm512_store_si512(to, _mm512_permutexvar_epi16(words, table));
+      }
+    } else {
+      const auto numbers = [&](const char* half) {
+        return rounded(_mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_16(half))), offset));
+      };
+      for (int run = 0; run < kRuns; ++run, codes += kRunBytes, to += 2 * kTile) {
+        const __m512i even = _mm512_srli_epi32(numbers(codes), 16);
+        _mm512_store_si512(to, _mm512_mask_mov_epi16(even, 0xaaaaaaaa, numbers(codes + 16)));
       }
     }
   }
-  for (int64_t part = groups * parts; part < kSpan / quant_part(g.group); ++part) {  // that do not exist add nothing
-    __builtin_memset(to.scales[part], 0, sizeof to.scales[part]);
-    __builtin_memset(to.offsets[part], 0, sizeof to.offsets[part]);
-  }
-}
 
-#define FASTLLM_INLINE __attribute__((always_inline))
-
-// Tile registers by number. GCC and clang print %c as a bare constant.
-template <int T>
-FASTLLM_INLINE inline void load_tile(const void* p, int64_t stride) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
-}
-template <int T>
-FASTLLM_INLINE inline void store_tile(void* p) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t{64}), "i"(T) : "memory");
-}
-template <int T>
-FASTLLM_INLINE inline void zero_tile() {
-  __asm__ volatile("tilezero %%tmm%c0" ::"i"(T) : "memory");
-}
-template <bool kSigned, int C, int A, int B>
-FASTLLM_INLINE inline void dot_tiles() {
-  if constexpr (kSigned) {
-    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
-  } else {
-    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
-  }
-}
-
-// Tiles 0 to 3: sums; 4, 5: A; 6, 7: B. Each k is one byte of a row of A, each four k are a row of B.
-void configure_rows(int64_t rows, int64_t k) {
-  TileConfig c;
-  for (int t = 0; t < 8; ++t) {
-    c.rows[t] = static_cast<uint8_t>(t < 6 ? rows : k / 4);
-    c.bytes_per_row[t] = static_cast<uint8_t>(t == 4 || t == 5 ? k : 64);
-  }
-  configure(c);
-}
-
-// f(Rows<r>{}) for r = 0 ... R - 1. Loops over an array of sums that the compiler unrolls late leave it in memory.
-template <int R, class F>
-FASTLLM_INLINE inline void each(const F& f) {
-  if constexpr (R > 1) each<R - 1>(f);
-  f(Rows<R - 1>{});
-}
-
-// kParts: of a span. Its tile products are numbered 0 ... kProducts - 1: part 0 of both column tiles, part 1, ...
-template <int kParts, bool kSigned, bool kOffsets>
-struct Product {
-  static constexpr int kDepth = static_cast<int>(kSpan) / kParts;  // k of a tile
-  static constexpr int kProducts = 2 * kParts;
-  static constexpr int kLag = kParts == 4 ? 3 : 2;  // products begun before the sums of one are stored
-
-  template <int kI>
-  FASTLLM_INLINE static void multiply(const SpanRows& rows, const Unpacked& w) {
-    constexpr int kSum = kI % 4, kTile = kI % 2, kPart = kI / 2, kA = 4 + kPart % 2, kB = 6 + kTile;
-    zero_tile<kSum>();
-    if constexpr (kTile == 0) load_tile<kA>(rows.codes[0] + kPart * kDepth, kSpan);
-    load_tile<kB>(w.codes[kTile] + kPart * kDepth * kW, 64);
-    dot_tiles<kSigned, kSum, kA, kB>();
-  }
-  template <int kI>
-  FASTLLM_INLINE static void store_sums(Sums& sums) {
-    store_tile<kI % 4>(sums.of[kI % 2][kI / 2]);
-  }
-
-  // The products of a span; the sums of the last kLag stay in tiles.
-  static void start(const SpanRows& rows, const Unpacked& w, Sums& sums) {
-    each<kProducts>([&](auto product) FASTLLM_INLINE {
-      constexpr int kI = decltype(product)::value;
-      multiply<kI>(rows, w);
-      if constexpr (kI >= kLag) store_sums<kI - kLag>(sums);
-    });
-  }
-
-  // Scales the sums of a span of R rows onto total. Starts the next span, if kNext.
-  template <int R, bool kNext>
-  FASTLLM_INLINE static void step(const SpanRows& rows, const Unpacked& w, Sums& sums, bool first, float* total,
-                                  const SpanRows& next_rows, const Unpacked& next_w, Sums& next_sums, const char* ahead,
-                                  int64_t bytes) {
-    constexpr int kHalves = R / 8, kOfUnit = 2 / kHalves;  // products beside one part of 8 rows
-    each<kHalves>([&](auto half) FASTLLM_INLINE {
-      constexpr int kRow = decltype(half)::value * 8;
-      float* const onto = total + kRow * kW;
-      vf acc[8][2];
-      each<8>([&](auto at) FASTLLM_INLINE {
-        constexpr int r = decltype(at)::value;
-        acc[r][0] = first ? vf{} : load(onto + r * kW);
-        acc[r][1] = first ? vf{} : load(onto + kTileSums + r * kW);
-      });
-      each<kParts>([&](auto part) FASTLLM_INLINE {
-        constexpr int kPart = decltype(part)::value, kUnit = decltype(half)::value * kParts + kPart;
-        each<kOfUnit>([&](auto product) FASTLLM_INLINE {
-          constexpr int kI = kUnit * kOfUnit + decltype(product)::value;
-          if constexpr (kI < kLag) {
-            store_sums<kProducts - kLag + kI>(sums);
-          } else if constexpr (kNext) {
-            store_sums<kI - kLag>(next_sums);
-          }
-          if constexpr (kNext) multiply<kI>(next_rows, next_w);
-          if (ahead)  // spread over the step: the few misses a core can have at once are soon in use
-            for (int64_t line = kI * bytes / kProducts; line < (kI + 1) * bytes / kProducts; line += 64)
-              __builtin_prefetch(ahead + line, 0, 3);
-        });
-        const vf scales[2] = {load(w.scales[kPart]), load(w.scales[kPart] + kW)};
-        vf offsets[2];
-        if constexpr (kOffsets) offsets[0] = load(w.offsets[kPart]), offsets[1] = load(w.offsets[kPart] + kW);
-        each<8>([&](auto at) FASTLLM_INLINE {
-          constexpr int r = decltype(at)::value;
-          const vf xs = set1(rows.steps[kPart][kRow + r]);
-          vf s;
-          if constexpr (kOffsets) s = set1(rows.sums[kPart][kRow + r]);
-          each<2>([&](auto tile) FASTLLM_INLINE {
-            constexpr int kTile = decltype(tile)::value;
-            const vi sum = reinterpret_cast<vi>(load_u32(sums.of[kTile][kPart] + (kRow + r) * kW));
-            vf y = scales[kTile] * __builtin_convertvector(sum, vf);
-            if constexpr (kOffsets) y = fma(offsets[kTile], s, y);
-            acc[r][kTile] = fma(xs, y, acc[r][kTile]);
-          });
-        });
-      });
-      each<8>([&](auto at) FASTLLM_INLINE {
-        constexpr int r = decltype(at)::value;
-        store(onto + r * kW, acc[r][0]);
-        store(onto + kTileSums + r * kW, acc[r][1]);
-      });
-    });
-  }
-
-  // Ends what was started for `now` and starts `next`.
-  template <int R>
-  static void run(const Work& now, const Work& next, Sums (&sums)[2], int& turn) {
-    for (int64_t s = 0; s < now.spans; ++s, turn ^= 1) {
-      const bool first = now.first && s == 0, last = s + 1 == now.spans;
-      const char* ahead = now.ahead ? now.ahead + s * now.bytes : nullptr;
-      const SpanRows* rows = now.span + s;
-      const Unpacked* w = now.w + s;
-      if (!last || next.rows != 0) {
-        step<R, true>(*rows, *w, sums[turn], first, now.total, last ? *next.span : rows[1], last ? *next.w : w[1],
-                      sums[turn ^ 1], ahead, now.bytes);
-      } else {
-        step<R, false>(*rows, *w, sums[turn], first, now.total, *rows, *w, sums[turn ^ 1], ahead, now.bytes);
-      }
-    }
-  }
+  bool offsets_;
+  float zero_;
+  const char* codes_ = nullptr;
+  uint16_t* to_ = nullptr;
+  int64_t left_ = 0, column_ = 0;  // columns of groups; the next one of the group
+  alignas(64) float scale_[kPanel], offset_[kPanel];
 };
 
-// Columns [n, n + 32) of `rows` rows.
-void finish_tile(const QuantArgs& g, int64_t m, int64_t rows, int64_t n, const float* total) {
-  const bool whole = n + kPanel <= g.n && !g.bias;
-  for (int64_t r = 0; r < rows; ++r, total += kW) {
-    const vf left = load(total), right = load(total + kTileSums);
-    const int64_t at = (m + r) * g.ldo + n;
-    if (whole && g.out_bf16 && !g.accumulate) {
-      uint16_t* out = static_cast<uint16_t*>(g.out) + at;
-      store(out, left);
-      store(out + kW, right);
-    } else if (whole && !g.out_bf16) {
-      float* out = static_cast<float*>(g.out) + at;
-      store(out, g.accumulate ? load(out) + left : left);
-      store(out + kW, g.accumulate ? load(out + kW) + right : right);
-    } else {
-      finish_columns(g, m + r, n, left);
-      finish_columns(g, m + r, n + kW, right);
+int64_t runs_of(int64_t group) { return group / 32; }
+int64_t blocks_of(int64_t k, int64_t group) { return round_up(k, group) / 32; }
+
+Cut cut_rows(int64_t row_blocks, int64_t k, int64_t group) {
+  const int64_t unit = runs_of(group), k_blocks = blocks_of(k, group);
+  if (row_blocks == 1) return {k_blocks, kFewSlab, k_blocks};
+  return cut_of(row_blocks, k_blocks, kSlab / unit * unit, unit);
+}
+
+int64_t prepared_quant_bytes(int64_t k, int64_t group) { return kRowBlock * blocks_of(k, group) * 32 * 2; }
+
+int64_t quant_sums(int64_t rows, int64_t panels, int64_t k, int64_t group) {
+  const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
+  return waiting_sums(row_blocks, panels, cut_rows(row_blocks, k, group));
+}
+
+// 32 adjacent k of a row, zeros behind n of them, as bf16.
+__m512i load_k(const uint16_t* x, int64_t n) {
+  if (n >= 32) return _mm512_loadu_si512(x);
+  return _mm512_maskz_loadu_epi16(n > 0 ? (1u << n) - 1 : 0, x);
+}
+__m512i load_k(const float* x, int64_t n) {
+  const vf low = n >= kW ? load(x) : n > 0 ? load(x, n) : vf{};
+  const vf high = n >= 2 * kW ? load(x + kW) : n > kW ? load(x + kW, n - kW) : vf{};
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+template <class T>
+__m512i load_row(const QuantRows& rows, int64_t m, int64_t k) {
+  const T* x = static_cast<const T*>(rows.x) + m * rows.ldx;
+  const int64_t n = rows.k - k;
+  if (!rows.order) return load_k(x + k, n);
+  T sorted[32];
+  for (int64_t i = 0; i < 32 && i < n; ++i) sorted[i] = x[rows.order[k + i]];
+  return load_k(sorted, n);
+}
+
+// Up to 16 rows, as one tile for each 32 k.
+template <class T>
+void prepare_tile(const QuantRows& rows, int64_t m, int64_t count, int64_t step, uint16_t* to) {
+  const int64_t padded = round_up(rows.k, rows.group), width = width_of(count);
+  const auto lanes = static_cast<__mmask16>((1u << width) - 1);
+  for (int64_t k = 0; k < padded; k += 32, to += step) {
+    if (count == 1) {
+      _mm512_storeu_si512(to, load_row<T>(rows, m, k));
+      continue;
+    }
+    vf r[16];
+    for (int64_t i = 0; i < 16; ++i) r[i] = i < count ? reinterpret_cast<vf>(load_row<T>(rows, m + i, k)) : vf{};
+    transpose16(r);
+    for (int64_t pair = 0; pair < 16; ++pair) _mm512_mask_storeu_ps(to + pair * width * 2, lanes, r[pair]);
+  }
+}
+
+void prepare_quant(const QuantRows& rows, int64_t begin, int64_t end, void* prepared) {
+  const auto tile = rows.x_bf16 ? prepare_tile<uint16_t> : prepare_tile<float>;
+  for (int64_t m = begin; m < end; m += kRowBlock) {
+    auto* block = static_cast<uint16_t*>(prepared) + m * blocks_of(rows.k, rows.group) * 32;
+    const int64_t count = end - m < kRowBlock ? end - m : kRowBlock;
+    const int64_t step = tiles_of<First::Weights>(block, count, 0).step;
+    tile(rows, m, count < 16 ? count : 16, step, block);
+    if (count > 16) tile(rows, m + 16, count - 16, step, block + kTile);
+  }
+}
+
+// c as end_sums() leaves it becomes [rows, 32].
+void transpose_sums(int64_t rows, float* c) {
+  for (int64_t first = 0; first < rows; first += 16, c += 16 * kPanel) {
+    const int64_t count = rows - first < 16 ? rows - first : 16;
+    if (count <= kFewRows) {
+      const __m512i lines = _mm512_mullo_epi32(reinterpret_cast<__m512i>(iota()), _mm512_set1_epi32(kPanel));
+      vf r[kFewRows][2];
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t v = 0; v < 2; ++v) r[i][v] = _mm512_i32gather_ps(lines, c + v * kW + i, 4);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t v = 0; v < 2; ++v) store(c + i * kPanel + v * kW, r[i][v]);
+      continue;
+    }
+    for (int64_t v = 0; v < 2; ++v) {
+      vf r[16];
+      for (int64_t i = 0; i < 16; ++i) r[i] = load(c + i * kPanel + v * kW);
+      transpose16(r);
+      for (int64_t i = 0; i < 16; ++i) store(c + i * kPanel + v * kW, r[i]);
     }
   }
 }
 
-template <int kParts, bool kSigned, bool kOffsets>
+// Where a product is: a slab of a panel within a stretch.
+struct Place {
+  int64_t from, to;  // k blocks of the stretch
+  int64_t panel, k;  // the first k block of the slab
+  int64_t length;    // k blocks of the slab
+};
+// The slab after p, of length 0 after the last one.
+Place after(Place p, const Cut& cut, int64_t p0, int64_t p1) {
+  p.k += p.length;
+  if (p.k == p.to) {
+    if (++p.panel == p1) {
+      p.panel = p0;
+      p.from = p.to;
+      p.to = p.from + cut.stretch < cut.k_blocks ? p.from + cut.stretch : cut.k_blocks;
+    }
+    p.k = p.from;
+  }
+  p.length = p.to - p.k < cut.slab ? p.to - p.k : cut.slab;
+  return p;
+}
+
+template <int kBits, int kRuns>
+class Product {
+ public:
+  explicit Product(const QuantArgs& g, int64_t m0, int64_t m1)
+      : g_(g),
+        m0_(m0),
+        rows_(m1 - m0),
+        row_blocks_((rows_ + kRowBlock - 1) / kRowBlock),
+        cut_(cut_rows(row_blocks_, g.k, g.group)),
+        convert_(g) {}
+
+  void run(int64_t p0, int64_t p1) {
+    configure_rows<First::Weights>(rows_ < kRowBlock ? rows_ : kRowBlock);
+    const bool stretched = cut_.stretch < cut_.k_blocks;
+    const int64_t to = stretched ? cut_.stretch : cut_.k_blocks;
+    Place now{0, to, p0, 0, cut_.slab < to ? cut_.slab : to};
+    convert(now, slabs_[0]);
+    convert_.finish();
+    for (int turn = 0; now.length > 0; turn ^= 1) {
+      const Place next = after(now, cut_, p0, p1);
+      if (next.length > 0) convert(next, slabs_[turn ^ 1]);
+      float* c = g_.sums + (stretched ? (now.panel - p0) * row_blocks_ * kBlockSums : 0);
+      multiply(now, next.length, slabs_[turn], c);
+      convert_.finish();
+      if (now.k + now.length == cut_.k_blocks) finish(now.panel, c);
+      now = next;
+    }
+    release();
+  }
+
+ private:
+  void convert(const Place& p, uint16_t* slab) {
+    const int64_t bytes = quant_block_bytes(kBits, g_.group, g_.offsets);
+    const int64_t block = (p.panel * cut_.k_blocks + p.k) / kRuns;
+    convert_.start(static_cast<const char*>(g_.w) + block * bytes, p.length / kRuns, slab);
+  }
+
+  // next: the k blocks that are converted meanwhile
+  void multiply(const Place& p, int64_t next, const uint16_t* slab, float* c) {
+    const int64_t steps = next * kPanel / kTogether, parts = row_blocks_ * p.length * 4;
+    const int64_t each = (steps + parts - 1) / parts;
+    const auto beside = [&](int64_t, int) {
+      for (int64_t i = 0; i < each; ++i) convert_.step();
+    };
+    const bool start = p.k == 0;
+    const uint16_t* block = static_cast<const uint16_t*>(g_.a) + m0_ * cut_.k_blocks * 32;
+    if (rows_ <= kRowBlock) {
+      const RowTiles tiles = tiles_of<First::Weights>(block, rows_, p.k);
+      const bool end = p.k + p.length == cut_.k_blocks;
+      rows_ > 16 ? add_once<true>(tiles, slab, p.length, start, end, beside, c)
+                 : add_once<false>(tiles, slab, p.length, start, end, beside, c);
+      return;
+    }
+    for (int64_t left = rows_; left > 0; left -= kRowBlock, block += kRowBlock * cut_.k_blocks * 32, c += kBlockSums) {
+      const int64_t here = left < kRowBlock ? left : kRowBlock;
+      const RowTiles tiles = tiles_of<First::Weights>(block, here, p.k);
+      if (here < kRowBlock) configure_rows<First::Weights>(here);
+      here > 16 ? add<true>(tiles, slab, p.length, start, beside, c)
+                : add<false>(tiles, slab, p.length, start, beside, c);
+      if (here < kRowBlock) configure_rows<First::Weights>(kRowBlock);
+    }
+  }
+  template <bool kHigh, class Beside>
+  static void add(const RowTiles& tiles, const uint16_t* slab, int64_t length, bool start, Beside& beside, float* c) {
+    begin_sums<kHigh>(start, c);
+    add_blocks<First::Weights, kHigh, true>(tiles, slab, length, beside);
+    end_sums<kHigh>(c);
+  }
+  // Of one row block, whose sums stay in tiles.
+  template <bool kHigh, class Beside>
+  static void add_once(const RowTiles& tiles, const uint16_t* slab, int64_t length, bool start, bool end,
+                       Beside& beside, float* c) {
+    if (start) begin_sums<kHigh>(true, c);
+    add_blocks<First::Weights, kHigh, false>(tiles, slab, length, beside);
+    if (end) end_sums<kHigh>(c);
+  }
+
+  void finish(int64_t panel, float* c) {
+    for (int64_t r = 0; r < rows_; r += kRowBlock, c += kBlockSums) {
+      const int64_t here = rows_ - r < kRowBlock ? rows_ - r : kRowBlock;
+      transpose_sums(here, c);
+      finish_block(g_, m0_ + r, here, panel * kPanel, c);
+    }
+  }
+
+  const QuantArgs& g_;
+  int64_t m0_, rows_, row_blocks_;
+  Cut cut_;
+  Converter<kBits, kRuns> convert_;
+  alignas(64) uint16_t slabs_[2][kSlab * 2 * kTile];
+};
+
+template <int kBits, int kRuns>
 void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  using P = Product<kParts, kSigned, kOffsets>;
-  const int64_t groups = groups_of(g), spans = spans_of(g.k), per_span = kSpan / g.group;
-  const int64_t bytes = quant_block_bytes(g.bits, g.group, g.offsets), span_bytes = per_span * bytes;
-  const int64_t chunk_spans = m1 - m0 < kManyRows ? 1 : kChunk;
-  Unpacked chunks[2][kChunk];
-  Sums sums[2];
-  alignas(64) float totals[kStripRows * kPanel];
-  int chunk = 0, turn = 0;
-  // All tiles of rows have one height: another would have to wait for the pipeline to drain.
-  const bool high = m1 - m0 > 8;
-  const auto run = high ? P::template run<16> : P::template run<8>;
-  configure_rows(high ? 16 : 8, P::kDepth);
-  Work now{};
-  // What is pushed runs at the next call, beside the tiles' part of the work pushed then.
-  const auto push = [&](const Work& next) {
-    if (now.rows == 0) {
-      P::start(*next.span, *next.w, sums[turn]);
-    } else {
-      run(now, next, sums, turn);
-      if (now.last) finish_tile(g, now.m, now.rows, now.panel * kPanel, now.total);
-    }
-    now = next;
-  };
-  for (int64_t p = p0; p < p1; ++p) {
-    const char* w = static_cast<const char*>(g.w) + p * groups * bytes;
-    for (int64_t strip = m0; strip < m1; strip += kStripRows) {
-      const int64_t end = m1 - strip < kStripRows ? m1 : strip + kStripRows;
-      for (int64_t s = 0; s < spans; s += chunk_spans) {
-        const int64_t count = spans - s < chunk_spans ? spans - s : chunk_spans;
-        chunk ^= 1;
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t first = (s + i) * per_span, left = groups - first;
-          unpack(g, w + first * bytes, left < per_span ? left : per_span, chunks[chunk][i]);
-        }
-        for (int64_t m = strip; m < end; m += kTileRows) {
-          push({.rows = end - m < kTileRows ? end - m : kTileRows,
-                .span = rows_of(g, m) + s,
-                .w = chunks[chunk],
-                .spans = count,
-                .first = s == 0,
-                .last = s + count == spans,
-                .m = m,
-                .panel = p,
-                .total = totals + (m - strip) * kPanel,
-                .ahead = m == strip ? w + (s + 2 * chunk_spans) * span_bytes : nullptr,
-                .bytes = span_bytes});
-        }
-      }
-    }
-  }
-  push({});
-  release();
-}
-
-template <int kParts>
-void gemm_parts(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  const auto run = !g.offsets    ? gemm<kParts, true, false>
-                   : g.bits == 4 ? gemm<kParts, true, true>
-                                 : gemm<kParts, false, true>;
-  run(g, m0, m1, p0, p1);
+  if (p0 < p1) Product<kBits, kRuns>(g, m0, m1).run(p0, p1);
 }
 
 void gemm_quant(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  const int most = (1 << g.bits) - 1;
-  const bool fits = g.offsets || (g.zero <= 128 && most - g.zero <= 127);
-  if (m1 - m0 <= kFewRows || !fits) {
-    FASTLLM_ISA::multiply_rows(g, m0, m1, p0, p1);
-    return;
-  }
-  const auto run = quant_part(g.group) == 32 ? gemm_parts<4> : gemm_parts<2>;
+  const auto run = g.bits == 8 ? (g.group == 32   ? gemm<8, 1>
+                                  : g.group == 64 ? gemm<8, 2>
+                                                  : gemm<8, 4>)
+                               : (g.group == 32   ? gemm<4, 1>
+                                  : g.group == 64 ? gemm<4, 2>
+                                                  : gemm<4, 4>);
   run(g, m0, m1, p0, p1);
 }
 
 }  // namespace
 
-void FASTLLM_ISA::fill_quant_amx(Kernels& t) {
-  constexpr int kEdx = 3, kAmxInt8 = 25;
-  if (has_byte_dot() && cpu_has(0, kEdx, kAmxInt8)) t.gemm_quant = gemm_quant;
+void FASTLLM_ISA::fill_quant(Kernels& t) {
+  t.code_order = CodeOrder::Columns;
+  t.prepared_quant_bytes = prepared_quant_bytes;
+  t.prepare_quant = prepare_quant;
+  t.gemm_quant = gemm_quant;
+  t.gemm_quant_plain = gemm_quant;
+  t.quant_sums = quant_sums;
 }
 
 }  // namespace fastllm::cpu
 
-#else
-void fastllm::cpu::FASTLLM_ISA::fill_quant_amx(Kernels&) {}
 #endif
