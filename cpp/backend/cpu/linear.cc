@@ -176,6 +176,8 @@ struct ProductCut {
   std::int64_t group, chunk;
   Sums sums;  // (rows, panels) -> floats
 };
+template <class Sums>
+ProductCut(std::int64_t, std::int64_t, Sums) -> ProductCut<Sums>;  // clang 14 does not deduce it
 
 std::unique_ptr<PackedWeight> CpuBackend::pack(const HostMatrix& weight, DType compute) {
   assert(compute == DType::F32 || compute == DType::BF16);
