@@ -65,7 +65,8 @@ enum class CodeOrder : int { Quads, Columns };
 //   with offsets  acc = fma(xs, fma(offset, float(s), scale * float(isum)), acc)
 // With codes in Columns, activations and weights are rounded to bf16 and their products are added in fp32 in ascending
 // k, as TDPBF16PS does; again batches give the same bits:
-//   w = bf16(fma(scale, code, offset)), offset being -scale * zero where there is none; halves go away from zero
+//   w = bf16(fma(scale, far + code, fma(scale, -(far + zero), offset))), halves going away from zero
+//   far = 2^15 for codes of 8 bits, which shifts a group by scale / 512 at most, and 0 for those of 4
 struct QuantArgs {
   const void* a;    // what prepare_quant() wrote
   const void* w;    // packed

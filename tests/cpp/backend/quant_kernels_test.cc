@@ -106,8 +106,9 @@ Sum product_in_bf16(const Weight& w, const Array& x, std::int64_t m, std::int64_
   for (std::int64_t k = 0; k < w.k; ++k) {
     const std::int64_t g = k / w.format.size;
     const float scale = w.scale(n, g);
-    const float offset = w.format.offsets ? w.offset(n, g) : -scale * static_cast<float>(w.format.zero);
-    const float number = round_weight(std::fma(scale, static_cast<float>(w.code(n, k)), offset));
+    const float far = w.format.bits == 8 ? 32768.0f : 0.0f, zero = static_cast<float>(w.format.zero);
+    const float offset = std::fma(scale, -(far + zero), w.format.offsets ? w.offset(n, g) : 0.0f);
+    const float number = round_weight(std::fma(scale, far + static_cast<float>(w.code(n, k)), offset));
     const double term = double{number} * double{round_to(DType::BF16, x.get(m, k))};
     sum += term, magnitude += std::abs(term);
   }

@@ -1,10 +1,10 @@
 // The product with grouped weights on AMX tiles: codes become bf16 in the first-level cache and meet bf16 rows.
 //
-//   for m, n: s = 0; for k: s += bf16(x[m][k]) * bf16(fma(scale[n][g], code[n][k], offset[n][g]))
+//   for m, n: s = 0; for k: s += bf16(x[m][k]) * bf16(scale[n][g] * code[n][k] + offset[n][g])   (kernels.h)
 //
 // Weights are the A operand, since 32 adjacent k of one column are a line of it: those of 4 bits are looked up in a
-// table of 16 numbers that a column has for each group, those of 8 bits are computed. While the tiles multiply a slab,
-// vectors convert the next one, a little beside each k block, and ask for the codes behind it:
+// table of 16 numbers that a column has for each group, those of 8 bits become floats by their place in one. While the
+// tiles multiply a slab, vectors convert the next one, a little beside each k block, and ask for the codes behind it:
 //
 //     slab i       row block 0, 1, ...   for each 32 k: convert a part of slab i + 1; four products of tiles
 //     slab i + 1   row block 0, 1, ...   ... slab i + 2, be it of the next panel
@@ -64,12 +64,24 @@ class Converter {
   static constexpr int64_t kRunBytes = 4 * kBits;  // of codes
   static constexpr int64_t kColumns = kTogether / kRuns;
 
+  // Of 8 bits, codes come as kFar + code, whose last bit is 2^-8.
+  static constexpr float kFar = kBits == 4 ? 0.0f : 32768.0f;
+  struct BitOffsets {
+    uint8_t of[64];
+  };
+  // Of each byte in its eight bytes: where the code of its number is, less 2.
+  static constexpr BitOffsets bit_offsets() {
+    BitOffsets at{};
+    for (int i = 0; i < 64; ++i) at.of[i] = static_cast<uint8_t>((i % 8 / 2 * 16 + i / 16 * 4 + 62) % 64);
+    return at;
+  }
+
   void read_scales() {
     const auto* halves = reinterpret_cast<const uint16_t*>(codes_ + kPanel * kRuns * kRunBytes);
     for (int64_t i = 0; i < kPanel; i += kW) {
       const vf scale = load_half(halves + i);
       store(scale_ + i, scale);
-      store(offset_ + i, offsets_ ? load_half(halves + kPanel + i) : scale * -zero_);
+      store(offset_ + i, fma(scale, set1(-(zero_ + kFar)), offsets_ ? load_half(halves + kPanel + i) : vf{}));
     }
     __builtin_prefetch(reinterpret_cast<const char*>(halves) + kCodesAhead, 0, 3);
   }
@@ -81,24 +93,35 @@ class Converter {
   static void convert(const char* codes, __m512 scale, __m512 offset, uint16_t* to) {
     if constexpr (kBits == 4) {
       const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      const __m512i numbers = rounded(_mm512_fmadd_ps(scale, levels, offset));
-      // Each number twice, so that bit 0 of an index is of no meaning.
-      const __m512i high =
-          _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15));
-      const __m512i table = _mm512_shuffle_epi8(numbers, high);
-      // The code of k = 8 lane + i goes to bits 1 to 4 of word i of that lane, all that the look-up reads.
-      const __m512i turns = _mm512_setr_epi32(1, 1, 1, 1, 29, 29, 29, 29, 25, 25, 25, 25, 21, 21, 21, 21);
+      const __m512i table = rounded(_mm512_fmadd_ps(scale, levels, offset));
+      // The code of k = 8 lane + i is that of bits 4 lane to 4 lane + 3 of word i. It goes to bits 2 to 5 of both bytes
+      // of its number, which makes them the places of the upper bytes of table[code].
+      alignas(64) static constexpr auto kBits2To5 = bit_offsets();
+      const __m512i where = _mm512_load_si512(kBits2To5.of);
+      const __m512i code = _mm512_set1_epi8(0x3c), upper = _mm512_set1_epi16(0x0302);
       for (int run = 0; run < kRuns; ++run, codes += kRunBytes, to += 2 * kTile) {
-        const __m512i words = _mm512_rolv_epi32(_mm512_broadcast_i32x4(load_16(codes)), turns);
-        _mm512_store_si512(to, _mm512_permutexvar_epi16(words, table));
+        const __m512i bits = _mm512_multishift_epi64_epi8(where, _mm512_broadcast_i32x4(load_16(codes)));
+        constexpr int kAndOr = 0xea;
+        const __m512i bytes = _mm512_ternarylogic_epi32(bits, code, upper, kAndOr);
+        _mm512_store_si512(to, _mm512_permutexvar_epi8(bytes, table));
       }
     } else {
-      const auto numbers = [&](const char* half) {
-        return rounded(_mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_16(half))), offset));
-      };
+      // A code is the second lowest byte of kFar + code. The first 16 are those of even k.
+      const __m512i far = _mm512_castps_si512(_mm512_set1_ps(kFar));
+      const __m512i lane = _mm512_setr_epi32(0x000, 0x100, 0x200, 0x300, 0x400, 0x500, 0x600, 0x700, 0x800, 0x900,
+                                             0xa00, 0xb00, 0xc00, 0xd00, 0xe00, 0xf00);
+      const __m512i odd_lane = _mm512_or_si512(lane, _mm512_set1_epi32(0x1000));
+      const __m512i upper = _mm512_set1_epi32(0x0f0e0302);
+      const __m512i upper_in_lane =
+          _mm512_add_epi8(upper, _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x00000404, 0x00000808, 0x00000c0c)));
       for (int run = 0; run < kRuns; ++run, codes += kRunBytes, to += 2 * kTile) {
-        const __m512i even = _mm512_srli_epi32(numbers(codes), 16);
-        _mm512_store_si512(to, _mm512_mask_mov_epi16(even, 0xaaaaaaaa, numbers(codes + 16)));
+        const __m512i all = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+        const auto numbers = [&](__m512i places) {
+          const __m512i x = _mm512_mask_permutexvar_epi8(far, 0x2222222222222222u, places, all);
+          return rounded(_mm512_fmadd_ps(scale, _mm512_castsi512_ps(x), offset));
+        };
+        const __m512i even = numbers(lane), odd = numbers(odd_lane);
+        _mm512_store_si512(to, _mm512_mask_shuffle_epi8(odd, 0x3333333333333333u, even, upper_in_lane));
       }
     }
   }
