@@ -39,6 +39,8 @@ std::int64_t weight_bytes(const Format& f, std::int64_t n, std::int64_t k) {
   return blocks * (f.bits == 16 ? kPanel * f.group * 2 : quant_block_bytes(f.bits, f.group, f.offsets));
 }
 
+int zero_of(const Format& f) { return f.offsets ? 0 : 1 << (f.bits - 1); }
+
 // Bytes that are small positive numbers as bf16 and as fp16 too.
 void fill(void* p, std::int64_t bytes) {
   auto* b = static_cast<std::uint8_t*>(p);
@@ -56,13 +58,13 @@ void quant(benchmark::State& state, const Format& f, std::int64_t m, std::int64_
   std::vector<bf16> out(static_cast<std::size_t>(m * n));
   const std::int64_t row_blocks = (m + kRowBlock - 1) / kRowBlock, panels = n / kPanel, count = pool.size();
   const bool dense = f.bits == 16;
-  const std::int64_t block_bytes = dense ? kernels.prepared_bytes(k) : kernels.prepared_quant_bytes(k, f.group);
+  const std::int64_t block_bytes = dense ? kernels.prepared_bytes(k) : kernels.prepared_quant_bytes(k);
   const Pages prepared(static_cast<std::size_t>(block_bytes * row_blocks));
   // Rows whose activations stay in the second-level cache.
   const std::int64_t group = std::max<std::int64_t>(1, (1 << 20) / block_bytes) * kRowBlock;
-  const std::int64_t sums_each = round_up(dense ? kernels.gemm_sums(std::min(m, group), panels, k)
-                                                : kernels.quant_sums(std::min(m, group), panels, k, f.group),
-                                          32);
+  const std::int64_t sums_each = round_up(
+      dense ? kernels.gemm_sums(std::min(m, group), panels, k) : kernels.quant_sums(std::min(m, group), k, f.group),
+      32);
   const Pages sums(static_cast<std::size_t>(sums_each * 4 * count));
   std::int64_t at = 0;
   for (auto _ : state) {
@@ -73,7 +75,8 @@ void quant(benchmark::State& state, const Format& f, std::int64_t m, std::int64_
         if (dense) {
           kernels.prepare_bf16(reinterpret_cast<const std::uint16_t*>(x.data()), k, begin, end, k, prepared.data());
         } else {
-          kernels.prepare_quant({x.data(), true, k, k, f.group, nullptr}, begin, end, prepared.data());
+          kernels.prepare_quant({x.data(), true, k, k, f.group, f.offsets, zero_of(f), nullptr}, begin, end,
+                                prepared.data());
         }
       }
     });
@@ -89,7 +92,7 @@ void quant(benchmark::State& state, const Format& f, std::int64_t m, std::int64_
         } else {
           QuantArgs g{};
           g.a = prepared.data(), g.w = w, g.m = m, g.n = n, g.k = k, g.out = out.data(), g.ldo = n, g.out_bf16 = true;
-          g.bits = f.bits, g.group = f.group, g.offsets = f.offsets, g.zero = f.offsets ? 0 : 1 << (f.bits - 1);
+          g.bits = f.bits, g.group = f.group, g.offsets = f.offsets, g.zero = zero_of(f);
           g.sums = static_cast<float*>(sums.data()) + sums_each * i;
           kernels.gemm_quant(g, m0, m1, p0, p1);
         }

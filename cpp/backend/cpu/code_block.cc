@@ -1,6 +1,5 @@
 #include "backend/cpu/code_block.h"
 
-#include <array>
 #include <cassert>
 #include <cstring>
 
@@ -10,8 +9,6 @@ namespace fastllm::cpu {
 namespace {
 
 constexpr std::int64_t kTile = 16;  // columns of a tile of quads
-constexpr std::int64_t kRun = 32;   // k of a column that are turned into bf16 together
-constexpr std::int64_t kWords = 8;  // that hold a run of 4 bits
 
 void put_half(float x, std::byte* to) {
   const f16 half = to_f16(x);
@@ -23,36 +20,12 @@ float get_half(const std::byte* from) {
   return to_float(half);
 }
 
-void put_run(int bits, const std::uint8_t* codes, std::byte* to) {
-  if (bits == 8) {
-    for (std::int64_t i = 0; i < kRun; ++i) to[i % 2 * kRun / 2 + i / 2] = static_cast<std::byte>(codes[i]);
-    return;
-  }
-  std::array<std::uint16_t, kWords> words;
-  for (std::size_t i = 0; i < kWords; ++i) {
-    const int low = codes[i] | codes[i + kWords] << 4, high = codes[i + 2 * kWords] | codes[i + 3 * kWords] << 4;
-    words[i] = static_cast<std::uint16_t>(low | high << 8);
-  }
-  std::memcpy(to, words.data(), sizeof words);
-}
-void get_run(int bits, const std::byte* from, std::uint8_t* codes) {
-  if (bits == 8) {
-    for (std::int64_t i = 0; i < kRun; ++i) codes[i] = std::to_integer<std::uint8_t>(from[i % 2 * kRun / 2 + i / 2]);
-    return;
-  }
-  std::array<std::uint16_t, kWords> words;
-  std::memcpy(words.data(), from, sizeof words);
-  for (std::size_t k = 0; k < kRun; ++k)
-    codes[k] = static_cast<std::uint8_t>(words[k % kWords] >> (k / kWords * 4) & 15);
-}
-
 }  // namespace
 
-CodeBlock::CodeBlock(const GroupFormat& format, CodeOrder order)
+CodeBlock::CodeBlock(const GroupFormat& format)
     : bits_(format.bits),
       size_(format.size),
       offsets_(format.offsets),
-      order_(order),
       code_bytes_(quant_code_bytes(bits_, size_)),
       bytes_(quant_block_bytes(bits_, size_, offsets_)) {
   assert(bits_ == 4 || bits_ == 8);
@@ -64,10 +37,7 @@ std::int64_t CodeBlock::quad_at(std::int64_t column, std::int64_t k) const {
 }
 
 void CodeBlock::put_codes(std::int64_t column, const std::uint8_t* codes, std::byte* block) const {
-  if (order_ == CodeOrder::Columns) {
-    std::byte* to = block + column * size_ * bits_ / 8;
-    for (std::int64_t k = 0; k < size_; k += kRun) put_run(bits_, codes + k, to + k * bits_ / 8);
-  } else if (bits_ == 8) {
+  if (bits_ == 8) {
     for (std::int64_t k = 0; k < size_; k += 4) std::memcpy(block + quad_at(column, k), codes + k, 4);
   } else {
     for (std::int64_t k = 0; k < size_; k += 8) {
@@ -81,10 +51,7 @@ void CodeBlock::put_codes(std::int64_t column, const std::uint8_t* codes, std::b
 }
 
 void CodeBlock::get_codes(std::int64_t column, const std::byte* block, std::uint8_t* codes) const {
-  if (order_ == CodeOrder::Columns) {
-    const std::byte* from = block + column * size_ * bits_ / 8;
-    for (std::int64_t k = 0; k < size_; k += kRun) get_run(bits_, from + k * bits_ / 8, codes + k);
-  } else if (bits_ == 8) {
+  if (bits_ == 8) {
     for (std::int64_t k = 0; k < size_; k += 4) std::memcpy(codes + k, block + quad_at(column, k), 4);
   } else {
     for (std::int64_t k = 0; k < size_; k += 8) {

@@ -1,4 +1,4 @@
-// The block of one group of a panel of codes, in either order; kernels.h describes both.
+// The block of one group of a panel of codes; kernels.h describes it.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace fastllm::cpu {
 
 class CodeBlock {
  public:
-  CodeBlock(const GroupFormat& format, CodeOrder order);
+  explicit CodeBlock(const GroupFormat& format);
 
   std::int64_t bytes() const { return bytes_; }
   // The codes of a column, [format.size] each; a block starts as zeros.
@@ -29,7 +29,6 @@ class CodeBlock {
   int bits_;
   std::int64_t size_;  // k of a group
   bool offsets_;
-  CodeOrder order_;
   std::int64_t code_bytes_, bytes_;
 };
 

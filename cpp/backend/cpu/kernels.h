@@ -10,11 +10,9 @@
 //   symmetric     w = scale[n][k / G] * (code - zero), zero being one number for the whole weight
 //   with offsets  w = scale[n][k / G] * code + offset[n][k / G]
 // They are packed as [N/32][K/G] blocks of: codes, 32 fp16 scales and, only with offsets, 32 fp16 offsets. What a last
-// group lacks is code 0. Codes lie as the product takes them:
-//   Quads, 8 bits    [2 tiles][G/4 quads of k][16 columns][4]
-//   Quads, 4 bits    [2 tiles][G/8 pairs of quads][16 columns][4]  low nibbles: quad 2 pair, high nibbles: the next one
-//   Columns, 8 bits  [32 columns][G/32][16 even k, 16 odd k]
-//   Columns, 4 bits  [32 columns][G/32][8 words of 16 bits]        word i: k = i, i + 8, i + 16, i + 24, from bit 0 up
+// group lacks is code 0. Codes lie in quads of adjacent k, as the product of bytes takes them:
+//   8 bits  [2 tiles][G/4 quads of k][16 columns][4]
+//   4 bits  [2 tiles][G/8 pairs of quads][16 columns][4]  low nibbles: quad 2 pair, high nibbles: the next one
 #pragma once
 
 #include <stddef.h>
@@ -54,19 +52,13 @@ static constexpr int64_t quant_block_bytes(int bits, int64_t group, bool offsets
 // Adjacent k that share a step of the activations: those of a group, or half of the largest.
 static constexpr int64_t quant_part(int64_t group) { return group < 64 ? group : 64; }
 
-enum class CodeOrder : int { Quads, Columns };
-
-// The same product with grouped weights. With codes in Quads, it is made of integers within a part: activations are
-// rounded to int8 by rows and parts,
+// The same product with grouped weights is made of integers within a part: activations are rounded to int8 by rows and
+// parts,
 //   absmax = max |x|;  xs = absmax / 127;  xq = round to even(x * (127 / absmax)), or 0 for absmax <= 1e-36
 // With isum = sum code * xq and s = sum xq of a part, parts are added in ascending order and each operation rounds
 // once, so all instruction sets and batches give the same bits:
 //   symmetric     acc = fma(xs, scale * float(isum - zero * s), acc)
 //   with offsets  acc = fma(xs, fma(offset, float(s), scale * float(isum)), acc)
-// With codes in Columns, activations and weights are rounded to bf16 and their products are added in fp32 in ascending
-// k, as TDPBF16PS does; again batches give the same bits:
-//   w = bf16(fma(scale, far + code, fma(scale, -(far + zero), offset))), halves going away from zero
-//   far = 2^15 for codes of 8 bits, which shifts a group by scale / 512 at most, and 0 for those of 4
 struct QuantArgs {
   const void* a;    // what prepare_quant() wrote
   const void* w;    // packed
@@ -82,12 +74,14 @@ struct QuantArgs {
   float* sums;  // room for quant_sums() floats of the calling thread
 };
 
-// Rows on their way to codes or tiles.
+// Rows on their way to codes.
 struct QuantRows {
   const void* x;  // fp32 or bf16
   bool x_bf16;
-  int64_t ldx, k;        // elements
-  int64_t group;         // of the weight
+  int64_t ldx, k;  // elements
+  int64_t group;   // of the weight, as the next two
+  bool offsets;
+  int zero;
   const int32_t* order;  // [k]: number j of a row is x[order[j]]; null: x[j]
 };
 
@@ -187,14 +181,13 @@ struct Kernels {
   void (*gemm_bf16)(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
   int64_t (*gemm_sums)(int64_t rows, int64_t panels, int64_t k);  // of the rows and panels of one gemm_bf16()
 
-  // The same for grouped weights, whose codes lie in code_order.
-  CodeOrder code_order;
-  int64_t (*prepared_quant_bytes)(int64_t k, int64_t group);
+  // The same for grouped weights.
+  int64_t (*prepared_quant_bytes)(int64_t k);
   void (*prepare_quant)(const QuantRows& rows, int64_t begin, int64_t end, void* prepared);
   void (*gemm_quant)(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
   // gemm_quant() without the instructions that only some machines of this level have.
   void (*gemm_quant_plain)(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
-  int64_t (*quant_sums)(int64_t rows, int64_t panels, int64_t k, int64_t group);
+  int64_t (*quant_sums)(int64_t rows, int64_t k, int64_t group);
 
   // False when a number, or a scale or offset as fp16, is not finite. The same for all instruction sets, bit for bit.
   bool (*choose_codes)(const CodeChoice& c);

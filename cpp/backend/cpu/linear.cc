@@ -115,21 +115,23 @@ class QuantProduct {
     assert(x.cols() == w.cols());
   }
 
-  std::int64_t block_bytes() const { return kernels_.prepared_quant_bytes(x_.cols(), w_.format().size); }
+  std::int64_t block_bytes() const { return kernels_.prepared_quant_bytes(x_.cols()); }
   void prepare(std::int64_t block, void* area) const {
     const QuantRows rows{.x = x_.data,
                          .x_bf16 = is_bf16(x_.dtype),
                          .ldx = x_.stride[0],
                          .k = x_.cols(),
                          .group = w_.format().size,
+                         .offsets = w_.format().offsets,
+                         .zero = w_.format().zero,
                          .order = w_.order()};
     kernels_.prepare_quant(rows, block * kRowBlock, std::min(x_.rows(), (block + 1) * kRowBlock), area);
   }
   // Codes take their time; nothing is gained from knowing.
   std::shared_ptr<WeightStart> after() const { return nullptr; }
-  std::int64_t group() const { return kernels_.amx ? kTileGroup : group_of(block_bytes()); }
-  std::int64_t sums(std::int64_t rows, std::int64_t panels) const {
-    return kernels_.quant_sums(rows, panels, x_.cols(), w_.format().size);
+  std::int64_t group() const { return group_of(block_bytes()); }
+  std::int64_t sums(std::int64_t rows, std::int64_t) const {
+    return kernels_.quant_sums(rows, x_.cols(), w_.format().size);
   }
   void run(const void* area, std::int64_t m0, std::int64_t m1, std::int64_t p0, std::int64_t p1, const PartOut& out,
            float* sums, const void*) const {

@@ -64,10 +64,10 @@ struct CodeRows {
 }  // namespace
 
 QuantWeight::QuantWeight(PageArena& arena, std::int64_t rows, std::int64_t cols, const GroupFormat& format,
-                         CodeOrder codes, ColumnOrder order)
-    : CpuWeight(arena, rows, cols, groups_of(format, cols) * CodeBlock(format, codes).bytes()),
+                         ColumnOrder order)
+    : CpuWeight(arena, rows, cols, groups_of(format, cols) * CodeBlock(format).bytes()),
       format_(format),
-      block_(format, codes),
+      block_(format),
       order_(std::move(order)) {
   assert(!order_ || static_cast<std::int64_t>(order_->size()) == cols);
 }
@@ -91,9 +91,8 @@ void QuantWeight::read_row(std::int64_t row, float scale, float* out) const {
 std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, const Kernels& kernels, PageArena& arena,
                                          ThreadPool& pool) {
   const ColumnOrder order = weight.read_groups ? weight.order : nullptr;
-  auto packed =
-      std::make_unique<QuantWeight>(arena, weight.rows, weight.cols, weight.groups, kernels.code_order, order);
-  const CodeBlock layout(weight.groups, kernels.code_order);
+  auto packed = std::make_unique<QuantWeight>(arena, weight.rows, weight.cols, weight.groups, order);
+  const CodeBlock layout(weight.groups);
   const std::int64_t panels = packed->panels(), threads = pool.size();
   std::exception_ptr failure;
   std::mutex failed;

@@ -16,8 +16,7 @@ using ColumnOrder = std::shared_ptr<const std::vector<std::int32_t>>;
 
 class QuantWeight final : public CpuWeight {
  public:
-  QuantWeight(PageArena& arena, std::int64_t rows, std::int64_t cols, const GroupFormat& format, CodeOrder codes,
-              ColumnOrder order);
+  QuantWeight(PageArena& arena, std::int64_t rows, std::int64_t cols, const GroupFormat& format, ColumnOrder order);
   const QuantWeight* quant() const override { return this; }
   const GroupFormat& format() const { return format_; }
   const std::int32_t* order() const { return order_ ? order_->data() : nullptr; }
@@ -29,7 +28,7 @@ class QuantWeight final : public CpuWeight {
   ColumnOrder order_;
 };
 
-// Packs a matrix as weight.groups says, its codes in the order of the kernels. Every thread writes the panels that it
+// Packs a matrix as weight.groups says. Every thread writes the panels that it
 // reads later when few rows are multiplied, so that their pages are near it. Throws what the matrix throws, and
 // LoadError when numbers are too large for fp16 scales.
 std::unique_ptr<QuantWeight> pack_groups(const HostMatrix& weight, const Kernels& kernels, PageArena& arena,

@@ -8,6 +8,7 @@ namespace fastllm::cpu::FASTLLM_ISA {
 void fill_gemm(Kernels& t);
 void fill_gemm_amx(Kernels& t);
 void fill_quant(Kernels& t);
+void fill_quant_amx(Kernels& t);
 void fill_choose(Kernels& t);
 void fill_norm(Kernels& t);
 void fill_rope_kv(Kernels& t);

@@ -57,14 +57,14 @@ struct Fetch {
 template <bool kHigh, int kFetch>
 inline void add_slab(const RowTiles& a, const uint16_t* w, int64_t k_blocks, bool start, const char* ahead, float* c) {
   begin_sums<kHigh>(start, c);
-  add_blocks<First::Rows, kHigh, true>(a, w, k_blocks, Fetch<kFetch>{ahead});
+  add_blocks<kHigh, true>(a, w, k_blocks, Fetch<kFetch>{ahead});
   end_sums<kHigh>(c);
 }
 
 Cut cut_rows(int64_t row_blocks, int64_t k) {
   const int64_t k_blocks = (k + 31) / 32;
   if (row_blocks == 1) return {k_blocks, k_blocks, k_blocks};
-  return cut_of(row_blocks, k_blocks, kSlab, 1);
+  return cut_of(row_blocks, k_blocks, kSlab);
 }
 
 int64_t gemm_sums(int64_t rows, int64_t panels, int64_t k) {
@@ -86,8 +86,8 @@ void multiply_slab(const Slab& s, int64_t rows, float* c) {
   const uint16_t* block = s.a;
   for (int64_t left = rows, asked = 0; left > 0; left -= kRowBlock, asked += fetch, block += s.a_step) {
     const int64_t here = left < kRowBlock ? left : kRowBlock;
-    const RowTiles a = tiles_of<First::Rows>(block, here, s.k);
-    if (here < kRowBlock) configure_rows<First::Rows>(here);
+    const RowTiles a = tiles_of(block, here, s.k);
+    if (here < kRowBlock) configure_rows(here);
     if (here <= 16) {
       add_slab<false, 0>(a, s.w, s.k_blocks, start, ahead, c);
     } else if (asked >= kAlone) {
@@ -101,7 +101,7 @@ void multiply_slab(const Slab& s, int64_t rows, float* c) {
     }
     ahead += fetch * 64 * s.k_blocks;
     c += kBlockSums;
-    if (here < kRowBlock) configure_rows<First::Rows>(kRowBlock);
+    if (here < kRowBlock) configure_rows(kRowBlock);
   }
 }
 
@@ -116,15 +116,14 @@ void multiply_once(const GemmArgs& g, int64_t m, int64_t rows, const uint16_t* a
   const uint16_t* w = static_cast<const uint16_t*>(g.w) + p0 * k_blocks * kBlock;
   // Nothing to follow: lines that are in the cache anyway.
   const auto* next = reinterpret_cast<const char*>(g.next ? g.next : w);
-  configure_rows<First::Rows>(rows);
+  configure_rows(rows);
   for (int64_t p = p0, left = (p1 - p0) * k_blocks; p < p1; ++p, left -= k_blocks, w += k_blocks * kBlock) {
     const int64_t inside = left - kAhead < 0 ? 0 : left - kAhead < k_blocks ? left - kAhead : k_blocks;
     begin_sums<kHigh>(true, g.sums);
     const char* ahead = reinterpret_cast<const char*>(w + kAhead * kBlock);
-    add_blocks<First::Rows, kHigh, false>(tiles_of<First::Rows>(a, rows, 0), w, inside, Fetch<kAlone>{ahead});
+    add_blocks<kHigh, false>(tiles_of(a, rows, 0), w, inside, Fetch<kAlone>{ahead});
     ahead = next + (inside + kAhead - left) * kAlone * 64;
-    add_blocks<First::Rows, kHigh, false>(tiles_of<First::Rows>(a, rows, inside), w + inside * kBlock,
-                                          k_blocks - inside, Fetch<kAlone>{ahead});
+    add_blocks<kHigh, false>(tiles_of(a, rows, inside), w + inside * kBlock, k_blocks - inside, Fetch<kAlone>{ahead});
     end_sums<kHigh>(g.sums);
     finish_block(g, m, rows, p * kPanel, g.sums);
   }
@@ -142,7 +141,7 @@ void gemm_bf16(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1
     return;
   }
   const bool stretched = cut.stretch < cut.k_blocks;
-  configure_rows<First::Rows>(kRowBlock);
+  configure_rows(kRowBlock);
   for (int64_t from = 0; from < cut.k_blocks; from += cut.stretch) {
     const int64_t to = from + cut.stretch < cut.k_blocks ? from + cut.stretch : cut.k_blocks;
     for (int64_t p = p0; p < p1; ++p) {

@@ -66,6 +66,15 @@ struct Rows {
   static constexpr int value = N;
 };
 
+#define FASTLLM_INLINE __attribute__((always_inline))
+
+// f(Rows<r>{}) for r = 0 ... R - 1. Loops over an array of sums that the compiler unrolls late leave it in memory.
+template <int R, class F>
+FASTLLM_INLINE inline void each(const F& f) {
+  if constexpr (R > 1) each<R - 1>(f);
+  f(Rows<R - 1>{});
+}
+
 // f(Rows<n>{}) for n = rows <= N, the number of rows being a compile-time constant inside.
 template <int N, class F>
 inline void with_rows(int64_t rows, F&& f) {

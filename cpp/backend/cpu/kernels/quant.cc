@@ -10,25 +10,23 @@
 #include "backend/cpu/kernels/micro.h"
 #include "backend/cpu/kernels/quant_dot.h"
 
-#if !defined(__AMX_BF16__)
-
 namespace fastllm::cpu {
 namespace {
 
 constexpr int kVecs = kPanel / kW;        // vectors of a panel
 constexpr int kTogether = 2;              // vectors that share an activation operand
-constexpr int64_t kQuantAhead = 4 << 10;  // bytes of weights fetched ahead of use
+constexpr int64_t kQuantAhead = 8 << 10;  // bytes of weights fetched ahead of use
 #if defined(__AVX512F__)
-constexpr int kQuantRows = 4;
+constexpr int kQuantRows = 8;
 #else
 constexpr int kQuantRows = 2;
 #endif
 
-int64_t prepared_quant_bytes(int64_t k, int64_t) {
+int64_t prepared_quant_bytes(int64_t k) {
   return kRowBlock / kTileRows * spans_of(k) * static_cast<int64_t>(sizeof(SpanRows));
 }
 
-int64_t quant_sums(int64_t, int64_t, int64_t, int64_t) { return 0; }
+int64_t quant_sums(int64_t, int64_t, int64_t) { return 0; }
 
 #if defined(__AVX2__)
 typedef __m256i Half;  // of eight lanes
@@ -99,7 +97,7 @@ inline float absolute_max(const vf* v, int64_t n) {
 
 // Rounds a span of x, of which `n` exist, to row r of `to`, by parts of kPart.
 template <int64_t kPart, class T>
-inline void prepare_span(const T* x, int64_t n, int64_t r, SpanRows& to) {
+inline void prepare_span(const QuantRows& rows, const T* x, int64_t n, int64_t r, SpanRows& to) {
   constexpr int64_t kVectors = kPart / kW;
   const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   for (int64_t part = 0; part < kSpan / kPart; ++part) {
@@ -118,7 +116,12 @@ inline void prepare_span(const T* x, int64_t n, int64_t r, SpanRows& to) {
       store_bytes(to.codes[r] + first + i * kW, code);
     }
     to.steps[part][r] = absmax / 127.0f;
-    to.sums[part][r] = static_cast<float>(sum_lanes(total));
+    const int32_t sum = sum_lanes(total);
+    if (rows.offsets) {
+      to.sums[part][r] = static_cast<float>(sum);
+    } else {
+      to.starts[part][r] = -rows.zero * sum;
+    }
   }
 }
 
@@ -133,9 +136,9 @@ void prepare_rows(const QuantRows& rows, int64_t begin, int64_t end, SpanRows* p
       if (rows.order) {
         T sorted[kSpan];
         for (int64_t i = 0; i < n; ++i) sorted[i] = x[rows.order[first + i]];
-        prepare_span<kPart>(sorted, n, m % kTileRows, to[s]);
+        prepare_span<kPart>(rows, sorted, n, m % kTileRows, to[s]);
       } else {
-        prepare_span<kPart>(x + first, n, m % kTileRows, to[s]);
+        prepare_span<kPart>(rows, x + first, n, m % kTileRows, to[s]);
       }
     }
   }
@@ -145,7 +148,7 @@ void prepare_rows(const QuantRows& rows, int64_t begin, int64_t end, SpanRows* p
   const auto bytes = static_cast<size_t>(kTileRows - r) * sizeof(float);
   for (SpanRows* to = last; to < last + spans; ++to) {
     for (auto& steps : to->steps) __builtin_memset(steps + r, 0, bytes);
-    for (auto& sums : to->sums) __builtin_memset(sums + r, 0, bytes);
+    for (auto& starts : to->starts) __builtin_memset(starts + r, 0, bytes);  // the bits of 0.0f too
   }
 }
 
@@ -156,90 +159,129 @@ void prepare_quant(const QuantRows& rows, int64_t begin, int64_t end, void* prep
   prepare(rows, begin, end, static_cast<SpanRows*>(prepared));
 }
 
-// isum of kTogether vectors of columns and R rows over kPart k. w: the codes of tile 0 from the part on; tile_bytes:
-// from there to those of tile 1; column: the first of the panel.
+// isum of kTogether vectors of columns and R rows over kPart k, from `start` of each row. w: the codes of tile 0 from
+// the part on; tile_bytes: from there to those of tile 1; column: the first of the panel. ahead: as many codes, which
+// are asked for meanwhile, or null.
 template <class Dot, int kBits, int64_t kPart, int R>
-inline void sum_part(const char* w, int64_t tile_bytes, int column, const int8_t* x, vi (&isum)[R][kTogether]) {
+FASTLLM_INLINE inline void sum_part(const char* w, int64_t tile_bytes, int column, const int8_t* x, const char* ahead,
+                                    vi (&isum)[R][kTogether]) {
   for (int64_t k = 0; k < kPart; k += kGroup, w += kGroup * 2 * kBits, x += kGroup) {
     typename Dot::Sum sum[R][kTogether];
-    for (auto& s : sum)
-      for (auto& v : s) v = typename Dot::Sum{};
-    for (int quad = 0; quad < kGroup / 4; quad += 2) {
+    each<R>([&](auto r) FASTLLM_INLINE {
+      each<kTogether>([&](auto j) FASTLLM_INLINE { Dot::start(sum[r.value][j.value], isum[r.value][j.value]); });
+    });
+    each<kGroup / 8>([&](auto pair) FASTLLM_INLINE {
+      constexpr int kQuad = decltype(pair)::value * 2;
+      constexpr int64_t kPairBytes = kPanel * kBits;
+      if (ahead) {
+        for (int64_t line = 0; line < kPairBytes; line += 64)
+          __builtin_prefetch(ahead + k * kPanel * kBits / 8 + kQuad / 2 * kPairBytes + line, 0, 3);
+      }
       vu codes[2][kTogether];
-      for (int j = 0; j < kTogether; ++j) {
-        const int at_column = column + j * kW;
+      each<kTogether>([&](auto j) FASTLLM_INLINE {
+        const int at_column = column + j.value * kW;
         const char* at = w + at_column / 16 * tile_bytes + at_column % 16 * 4;
         if constexpr (kBits == 8) {
-          codes[0][j] = load_u32(at + quad * 64);
-          codes[1][j] = load_u32(at + quad * 64 + 64);
+          codes[0][j.value] = load_u32(at + kQuad * 64);
+          codes[1][j.value] = load_u32(at + kQuad * 64 + 64);
         } else {
-          const vu both = load_u32(at + quad * 32);
-          codes[0][j] = both & 0x0f0f0f0fu;
-          codes[1][j] = (both >> 4) & 0x0f0f0f0fu;
+          const vu both = load_u32(at + kQuad * 32);
+          codes[0][j.value] = both & 0x0f0f0f0fu;
+          codes[1][j.value] = (both >> 4) & 0x0f0f0f0fu;
         }
-      }
-      for (int i = 0; i < 2; ++i) {
-        for (int r = 0; r < R; ++r) {
-          const auto operand = Dot::operand(x + r * kSpan + (quad + i) * 4);
-          for (int j = 0; j < kTogether; ++j) Dot::add(sum[r][j], codes[i][j], operand);
-        }
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < kTogether; ++j) {
-        const vi total = Dot::total(sum[r][j]);
-        isum[r][j] = k == 0 ? total : isum[r][j] + total;
-      }
-    }
+      });
+      each<2>([&](auto i) FASTLLM_INLINE {
+        each<R>([&](auto r) FASTLLM_INLINE {
+          const auto operand = Dot::operand(x + r.value * kSpan + (kQuad + i.value) * 4);
+          each<kTogether>([&](auto j)
+                              FASTLLM_INLINE { Dot::add(sum[r.value][j.value], codes[i.value][j.value], operand); });
+        });
+      });
+    });
+    each<R>([&](auto r) FASTLLM_INLINE {
+      each<kTogether>([&](auto j) FASTLLM_INLINE { Dot::end(isum[r.value][j.value], sum[r.value][j.value]); });
+    });
   }
 }
 
-// R rows from m on, all of one tile of rows, times panel p.
+// Adds a part of the product of R rows and a panel to acc. w: its codes in tile 0; scales: of its group; row: the first
+// of its tile; at: k of the span; ahead: as many codes, which are asked for meanwhile, or null.
 template <class Dot, int kBits, bool kOffsets, int64_t kPart, int R>
-inline void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p) {
+FASTLLM_INLINE inline void add_part(const char* w, int64_t tile_bytes, const uint16_t* scales, const SpanRows& span,
+                                    int64_t row, int64_t at, const char* ahead, vf (&acc)[R][kVecs]) {
+  const float* steps = span.steps[at / kPart] + row;
+  const int32_t* starts = span.starts[at / kPart] + row;
+  const float* sums = span.sums[at / kPart] + row;
+  each<kVecs / kTogether>([&](auto pass) FASTLLM_INLINE {
+    constexpr int kFirst = decltype(pass)::value * kTogether;
+    vi isum[R][kTogether];
+    each<R>([&](auto r) FASTLLM_INLINE {
+      for (vi& v : isum[r.value]) v = kOffsets ? vi{} : set1(starts[r.value]);
+    });
+    sum_part<Dot, kBits, kPart>(w, tile_bytes, kFirst * kW, span.codes[row] + at, kFirst == 0 ? ahead : nullptr, isum);
+    each<kTogether>([&](auto j) FASTLLM_INLINE {
+      constexpr int kVec = kFirst + decltype(j)::value;
+      const vf scale = load_half(scales + kVec * kW);
+      vf offset{};
+      if constexpr (kOffsets) offset = load_half(scales + kPanel + kVec * kW);
+      each<R>([&](auto r) FASTLLM_INLINE {
+        vf y = scale * __builtin_convertvector(isum[r.value][j.value], vf);
+        if constexpr (kOffsets) y = fused(offset, set1(sums[r.value]), y);
+        acc[r.value][kVec] = fused(set1(steps[r.value]), y, acc[r.value][kVec]);
+      });
+    });
+  });
+}
+
+// R rows from m on, all of one tile of rows, times panel p. Those of kQuantRows and more wait in memory while others
+// meet a part, so that its weights come from there once. first: they are the first rows to meet the panel.
+template <class Dot, int kBits, bool kOffsets, int64_t kPart, int R>
+inline void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p, bool first) {
+  constexpr int kAtOnce = R < kQuantRows ? R : kQuantRows, kTurns = R / kAtOnce;
   const int64_t group = kPart == 32 ? 32 : g.group, groups = (g.k + group - 1) / group;
   const int64_t code_bytes = quant_code_bytes(kBits, group), bytes = quant_block_bytes(kBits, group, kOffsets);
   const char* w = static_cast<const char*>(g.w) + p * groups * bytes;
   const int64_t row = m % kTileRows;
-  vf acc[R][kVecs];
-  for (auto& a : acc)
-    for (vf& v : a) v = vf{};
+  vf acc[kTurns][kAtOnce][kVecs];
+  for (auto& turn : acc)
+    for (auto& a : turn)
+      for (vf& v : a) v = vf{};
   const SpanRows* span = rows_of(g, m);
   int64_t at = 0;  // in the span
   for (int64_t b = 0; b < groups; ++b, w += bytes) {
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + kQuantAhead + line, 0, 3);
+    const char* ahead = first ? w + kQuantAhead : nullptr;
+    if (ahead)
+      for (int64_t line = code_bytes; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
     const auto* scales = reinterpret_cast<const uint16_t*>(w + code_bytes);
     for (int64_t k = 0; k < group; k += kPart) {
-      const float *steps = span->steps[at / kPart] + row, *sums = span->sums[at / kPart] + row;
-      for (int first = 0; first < kVecs; first += kTogether) {
-        vi isum[R][kTogether];
-        sum_part<Dot, kBits, kPart>(w + k * 2 * kBits, code_bytes / 2, first * kW, span->codes[row] + at, isum);
-        for (int j = 0; j < kTogether; ++j) {
-          const int v = first + j;
-          const vf scale = load_half(scales + v * kW);
-          for (int r = 0; r < R; ++r) {
-            vf sum = __builtin_convertvector(isum[r][j], vf);
-            if constexpr (!kOffsets) sum -= set1(static_cast<float>(g.zero) * sums[r]);  // exact: below 2^24
-            vf y = scale * sum;
-            if constexpr (kOffsets) y = fused(load_half(scales + kPanel + v * kW), set1(sums[r]), y);
-            acc[r][v] = fused(set1(steps[r]), y, acc[r][v]);
-          }
-        }
-      }
+      each<kTurns>([&](auto turn) FASTLLM_INLINE {
+        constexpr int kTurn = decltype(turn)::value;
+        add_part<Dot, kBits, kOffsets, kPart, kAtOnce>(w + k * 2 * kBits, code_bytes / 2, scales, *span,
+                                                       row + kTurn * kAtOnce, at, kTurn == 0 ? ahead : nullptr,
+                                                       acc[kTurn]);
+      });
+      if (ahead) ahead += kPart * kPanel * kBits / 8;
       at += kPart;
       if (at == kSpan) ++span, at = 0;
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kVecs; ++v) finish_columns(g, m + r, p * kPanel + v * kW, acc[r][v]);
+    for (int v = 0; v < kVecs; ++v) finish_columns(g, m + r, p * kPanel + v * kW, acc[r / kAtOnce][r % kAtOnce][v]);
 }
 
 template <class Dot, int kBits, bool kOffsets, int64_t kPart>
 void gemm_part(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   for (int64_t p = p0; p < p1; ++p) {
-    for (int64_t m = m0; m < m1; m += kQuantRows) {
-      with_rows<kQuantRows>(
-          m1 - m, [&](auto rows) { rows_by_panel<Dot, kBits, kOffsets, kPart, decltype(rows)::value>(g, m, p); });
+    for (int64_t m = m0; m < m1;) {
+      const auto run = [&](auto rows) {
+        rows_by_panel<Dot, kBits, kOffsets, kPart, decltype(rows)::value>(g, m, p, m == m0);
+        m += decltype(rows)::value;
+      };
+      if (m1 - m >= kTileRows) {
+        run(Rows<kTileRows>{});
+      } else {
+        with_rows<kQuantRows>(m1 - m, run);
+      }
     }
   }
 }
@@ -260,8 +302,13 @@ void gemm_quant(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t 
 
 }  // namespace
 
+#if defined(__AMX_BF16__)
+void FASTLLM_ISA::multiply_rows(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  gemm_quant<ByteDot, ByteDot>(g, m0, m1, p0, p1);
+}
+#endif
+
 void FASTLLM_ISA::fill_quant(Kernels& t) {
-  t.code_order = CodeOrder::Quads;
   t.prepared_quant_bytes = prepared_quant_bytes;
   t.prepare_quant = prepare_quant;
   t.gemm_quant_plain = gemm_quant<PlainDot<8>, PlainDot<4>>;
@@ -273,5 +320,3 @@ void FASTLLM_ISA::fill_quant(Kernels& t) {
 }
 
 }  // namespace fastllm::cpu
-
-#endif

@@ -9,6 +9,11 @@
 
 namespace fastllm::cpu {
 
+namespace FASTLLM_ISA {
+// gemm_quant() for few rows, with the dot products of bytes that has_byte_dot() promises. AMX level only.
+void multiply_rows(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1);
+}  // namespace FASTLLM_ISA
+
 namespace {
 
 #if defined(__AVX2__)
@@ -39,7 +44,10 @@ inline int64_t spans_of(int64_t k) { return (k + kSpan - 1) / kSpan; }
 struct alignas(64) SpanRows {
   int8_t codes[kTileRows][kSpan];          // xq
   float steps[kSpan / kGroup][kTileRows];  // xs of each part
-  float sums[kSpan / kGroup][kTileRows];   // s
+  union {
+    int32_t starts[kSpan / kGroup][kTileRows];  // symmetric weights: -zero * s, what isum starts from
+    float sums[kSpan / kGroup][kTileRows];      // weights with offsets: s
+  };
 };
 
 // The first span of the 16 rows that row m is one of.

@@ -1,365 +1,338 @@
-// The product with grouped weights on AMX tiles: codes become bf16 in the first-level cache and meet bf16 rows.
+// The product with grouped weights on AMX tiles, for more than a few rows; kernels.h defines the sums.
 //
-//   for m, n: s = 0; for k: s += bf16(x[m][k]) * bf16(scale[n][g] * code[n][k] + offset[n][g])   (kernels.h)
+//   for m, n: acc = 0; for parts: acc = fma(xs[m][part], scale[n][g] * sum_k (code[n][k] - zero) * xq[m][k], acc)
 //
-// Weights are the A operand, since 32 adjacent k of one column are a line of it: those of 4 bits are looked up in a
-// table of 16 numbers that a column has for each group, those of 8 bits become floats by their place in one. While the
-// tiles multiply a slab, vectors convert the next one, a little beside each k block, and ask for the codes behind it:
+// A part has steps and scales of its own, so its sums leave the tiles at once: they are stored and come back as vectors
+// to be scaled. A unit is four parts of 16 rows by 16 columns. While the vectors scale those of one unit, the tiles
+// work on the next one, be it of the next panel:
 //
-//     slab i       row block 0, 1, ...   for each 32 k: convert a part of slab i + 1; four products of tiles
-//     slab i + 1   row block 0, 1, ...   ... slab i + 2, be it of the next panel
+//     unit i      vectors  scale part 0          scale part 1          ...
+//     unit i + 1  tiles    part 0, stored two    part 1                ...     four tiles hold its weights, of which
+//                          parts later                                         row after row of tiles makes use
 //
-// Cost: N K (bits + 16 / G) / 8 bytes while M is small, where converting takes nearly as long as reading; 2 M N K
-// operations when it is large. Benchmark: fastllm_bench_ops --benchmark_filter=Quant
-#include "backend/cpu/kernels/half.h"
-#include "backend/cpu/kernels/tile_product.h"
+// Codes become signed bytes and scales fp32 one unit ahead, once for all rows. What a unit touches fits the first-level
+// cache: rows are taken kRowTiles tiles at a time, and sums in flight fill a ring of 8 KB (of 32 KB: twice the time).
+// Cost: N K (bits + 16 / G) / 8 bytes while M is small. Benchmark: fastllm_bench_ops --benchmark_filter=Quant
+#include "backend/cpu/kernels/micro.h"
+#include "backend/cpu/kernels/quant.h"
+#include "backend/cpu/kernels/tiles.h"
 
 #if defined(__AMX_BF16__)
 
 namespace fastllm::cpu {
 namespace {
 
-constexpr int64_t kSlab = 16;             // k blocks of 32 of a slab at most
-constexpr int64_t kFewSlab = 4;           // the same for one row block, whose sums stay in tiles
+constexpr int64_t kFewRows = 16;  // up to here vectors alone are faster
+constexpr int kParts = 4;         // of a unit
+constexpr int64_t kRowTiles = 4;  // that share the weights of a unit in tiles
+constexpr int64_t kTileSums = kTileRows * kW;
 constexpr int64_t kCodesAhead = 8 << 10;  // bytes of codes asked for ahead of use
-constexpr int64_t kTogether = 8;          // runs of 32 k of a column that are converted at once
-constexpr int64_t kFewRows = 4;           // up to here rows are gathered out of transposed sums
 
-// Codes of some columns of a group, on their way to bf16.
-template <int kBits, int kRuns>  // runs of 32 k of a group
-class Converter {
+// How sums become numbers: times a scale; from what a row's sum starts with, times a scale; or with an offset too.
+enum class Scaling { Plain, Start, Offset };
+
+// Sixteen columns of a unit.
+template <int64_t kPart>
+struct alignas(64) Weights {
+  uint8_t codes[kParts][kPart * kW];  // [quads][16 columns][4]
+  float scales[kParts][kW], offsets[kParts][kW];
+};
+
+// Sixteen rows by sixteen columns of a unit.
+template <int64_t kPart>
+struct Unit {
+  int parts;             // 0: nothing
+  bool load, first;      // its weights are not in the tiles yet; its sums start
+  const SpanRows* span;  // its first
+  const Weights<kPart>* w;
+  float* total;       // [16][16]
+  const char* ahead;  // asked for beside each part: `lines` lines, a part's after the other
+  int64_t lines;
+};
+
+// Tile registers by number. GCC and clang print %c as a bare constant.
+template <int T>
+FASTLLM_INLINE inline void load_tile(const void* p, int64_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+FASTLLM_INLINE inline void store_tile(void* p) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t{64}), "i"(T) : "memory");
+}
+template <int T>
+FASTLLM_INLINE inline void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(T) : "memory");
+}
+template <bool kSigned, int C, int A, int B>
+FASTLLM_INLINE inline void dot_tiles() {
+  if constexpr (kSigned) {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
+  } else {
+    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
+  }
+}
+
+// Tiles 0, 1: sums; 2, 3: A, rows; 4 to 7: B, the weights of the four parts.
+void configure_rows(int64_t k) {
+  TileConfig c;
+  for (int t = 0; t < 8; ++t) {
+    c.rows[t] = static_cast<uint8_t>(t < 4 ? kTileRows : k / 4);
+    c.bytes_per_row[t] = static_cast<uint8_t>(t == 2 || t == 3 ? k : 64);
+  }
+  configure(c);
+}
+
+template <int64_t kPart, bool kSigned, Scaling kScaling>
+class Pipeline {
  public:
-  explicit Converter(const QuantArgs& g) : offsets_(g.offsets), zero_(static_cast<float>(g.zero)) {}
+  Pipeline() { configure_rows(kPart); }
+  ~Pipeline() { release(); }
 
-  // From this block on, to [32 k][32 columns][32 of bf16].
-  void start(const char* block, int64_t blocks, uint16_t* to) {
-    codes_ = block;
-    to_ = to;
-    left_ = blocks * kPanel;
-  }
-  // The next kTogether runs, if there are any.
-  void step() {
-    if (left_ == 0) return;
-    if (column_ == 0) read_scales();
-    for (int64_t line = 0; line < kTogether * kRunBytes; line += 64)
-      __builtin_prefetch(codes_ + kCodesAhead + line, 0, 3);
-    const float *scale = scale_ + column_, *offset = offset_ + column_;
-    uint16_t* to = to_ + column_ * 32;
-    const char* codes = codes_;
-    for (int64_t c = 0; c < kColumns; ++c)
-      convert(codes + c * kRuns * kRunBytes, _mm512_set1_ps(scale[c]), _mm512_set1_ps(offset[c]), to + c * 32);
-    codes_ = codes + kTogether * kRunBytes;
-    left_ -= kColumns;
-    column_ += kColumns;
-    if (column_ < kPanel) return;
-    column_ = 0;
-    codes_ += kPanel * (offsets_ ? 4 : 2);
-    to_ += kRuns * 2 * kTile;
-  }
-  void finish() {
-    while (left_ > 0) step();
+  // Scales the sums of the unit before, and multiplies this one.
+  void push(const Unit<kPart>& next) {
+    step(next);
+    now_ = next;
+    turn_ ^= 1;
   }
 
  private:
-  static constexpr int64_t kRunBytes = 4 * kBits;  // of codes
-  static constexpr int64_t kColumns = kTogether / kRuns;
+  static constexpr int64_t kPartsOfSpan = kSpan / kPart;
 
-  // Of 8 bits, codes come as kFar + code, whose last bit is 2^-8.
-  static constexpr float kFar = kBits == 4 ? 0.0f : 32768.0f;
-  struct BitOffsets {
-    uint8_t of[64];
-  };
-  // Of each byte in its eight bytes: where the code of its number is, less 2.
-  static constexpr BitOffsets bit_offsets() {
-    BitOffsets at{};
-    for (int i = 0; i < 64; ++i) at.of[i] = static_cast<uint8_t>((i % 8 / 2 * 16 + i / 16 * 4 + 62) % 64);
-    return at;
+  static const SpanRows& span_of(const Unit<kPart>& u, int part) { return u.span[part / kPartsOfSpan]; }
+
+  template <int kI>
+  FASTLLM_INLINE void multiply(const Unit<kPart>& u) {
+    constexpr int kC = kI % 2, kA = 2 + kI % 2, kB = 4 + kI;
+    save<kC>();
+    if (u.load) load_tile<kB>(u.w->codes[kI], 64);
+    load_tile<kA>(span_of(u, kI).codes[0] + kI % kPartsOfSpan * kPart, kSpan);
+    zero_tile<kC>();
+    dot_tiles<kSigned, kC, kA, kB>();
+    waiting_[kC] = sums_[turn_ ^ 1][kI];
+  }
+  template <int kC>
+  FASTLLM_INLINE void save() {
+    if (waiting_[kC]) store_tile<kC>(waiting_[kC]);
+    waiting_[kC] = nullptr;
   }
 
-  void read_scales() {
-    const auto* halves = reinterpret_cast<const uint16_t*>(codes_ + kPanel * kRuns * kRunBytes);
-    for (int64_t i = 0; i < kPanel; i += kW) {
-      const vf scale = load_half(halves + i);
-      store(scale_ + i, scale);
-      store(offset_ + i, fma(scale, set1(-(zero_ + kFar)), offsets_ ? load_half(halves + kPanel + i) : vf{}));
-    }
-    __builtin_prefetch(reinterpret_cast<const char*>(halves) + kCodesAhead, 0, 3);
+  FASTLLM_INLINE void step(const Unit<kPart>& next) {
+    vf acc[kTileRows];
+    each<kTileRows>([&](auto at) FASTLLM_INLINE {
+      constexpr int r = decltype(at)::value;
+      acc[r] = now_.first || now_.parts == 0 ? vf{} : load(now_.total + r * kW);
+    });
+    each<kParts>([&](auto part) FASTLLM_INLINE {
+      constexpr int kI = decltype(part)::value;
+      if (kI < next.parts) multiply<kI>(next);
+      // Spread over the parts: the few misses that a core can have at once are soon in use.
+      for (int64_t line = kI * next.lines; line < (kI + 1) * next.lines; ++line)
+        __builtin_prefetch(next.ahead + line * 64, 0, 3);
+      if (kI >= now_.parts) return;
+      const int32_t* sums = sums_[turn_][kI];
+      if (waiting_[kI % 2] == sums) save<kI % 2>();
+      const SpanRows& rows = span_of(now_, kI);
+      constexpr int kAt = kI % kPartsOfSpan;
+      const vf scale = load(now_.w->scales[kI]);
+      vf offset;
+      if constexpr (kScaling == Scaling::Offset) offset = load(now_.w->offsets[kI]);
+      each<kTileRows>([&](auto at) FASTLLM_INLINE {
+        constexpr int r = decltype(at)::value;
+        __m512i sum = _mm512_load_si512(sums + r * kW);
+        if constexpr (kScaling == Scaling::Start) sum = _mm512_add_epi32(sum, _mm512_set1_epi32(rows.starts[kAt][r]));
+        vf y = scale * _mm512_cvtepi32_ps(sum);
+        if constexpr (kScaling == Scaling::Offset) y = fma(offset, set1(rows.sums[kAt][r]), y);
+        acc[r] = fma(set1(rows.steps[kAt][r]), y, acc[r]);
+      });
+    });
+    if (now_.parts == 0) return;
+    each<kTileRows>([&](auto at) FASTLLM_INLINE {
+      constexpr int r = decltype(at)::value;
+      store(now_.total + r * kW, acc[r]);
+    });
   }
-  // To the nearest bf16 in the high half, the greater one of two. VCVTNE2PS2BF16 takes four slots for the same.
-  static __m512i rounded(__m512 x) { return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)); }
-  static __m128i load_16(const char* codes) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)); }
 
-  // The runs of one column of a group.
-  static void convert(const char* codes, __m512 scale, __m512 offset, uint16_t* to) {
-    if constexpr (kBits == 4) {
-      const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      const __m512i table = rounded(_mm512_fmadd_ps(scale, levels, offset));
-      // The code of k = 8 lane + i is that of bits 4 lane to 4 lane + 3 of word i. It goes to bits 2 to 5 of both bytes
-      // of its number, which makes them the places of the upper bytes of table[code].
-      alignas(64) static constexpr auto kBits2To5 = bit_offsets();
-      const __m512i where = _mm512_load_si512(kBits2To5.of);
-      const __m512i code = _mm512_set1_epi8(0x3c), upper = _mm512_set1_epi16(0x0302);
-      for (int run = 0; run < kRuns; ++run, codes += kRunBytes, to += 2 * kTile) {
-        const __m512i bits = _mm512_multishift_epi64_epi8(where, _mm512_broadcast_i32x4(load_16(codes)));
-        constexpr int kAndOr = 0xea;
-        const __m512i bytes = _mm512_ternarylogic_epi32(bits, code, upper, kAndOr);
-        _mm512_store_si512(to, _mm512_permutexvar_epi8(bytes, table));
-      }
+  int turn_ = 0;
+  Unit<kPart> now_{};
+  int32_t* waiting_[2] = {};  // where the sums in tiles 0 and 1 go
+  alignas(64) int32_t sums_[2][kParts][kTileSums];
+};
+
+template <int kBits>
+void unpack_codes(const char* w, uint8_t minus, int64_t quads, uint8_t* to) {
+  const __m512i less = _mm512_set1_epi8(static_cast<char>(minus));
+  for (int64_t quad = 0; quad < quads; quad += 2) {
+    __m512i low, high;
+    if constexpr (kBits == 8) {
+      low = _mm512_loadu_si512(w + quad * 64);
+      high = _mm512_loadu_si512(w + quad * 64 + 64);
     } else {
-      // A code is the second lowest byte of kFar + code. The first 16 are those of even k.
-      const __m512i far = _mm512_castps_si512(_mm512_set1_ps(kFar));
-      const __m512i lane = _mm512_setr_epi32(0x000, 0x100, 0x200, 0x300, 0x400, 0x500, 0x600, 0x700, 0x800, 0x900,
-                                             0xa00, 0xb00, 0xc00, 0xd00, 0xe00, 0xf00);
-      const __m512i odd_lane = _mm512_or_si512(lane, _mm512_set1_epi32(0x1000));
-      const __m512i upper = _mm512_set1_epi32(0x0f0e0302);
-      const __m512i upper_in_lane =
-          _mm512_add_epi8(upper, _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x00000404, 0x00000808, 0x00000c0c)));
-      for (int run = 0; run < kRuns; ++run, codes += kRunBytes, to += 2 * kTile) {
-        const __m512i all = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-        const auto numbers = [&](__m512i places) {
-          const __m512i x = _mm512_mask_permutexvar_epi8(far, 0x2222222222222222u, places, all);
-          return rounded(_mm512_fmadd_ps(scale, _mm512_castsi512_ps(x), offset));
-        };
-        const __m512i even = numbers(lane), odd = numbers(odd_lane);
-        _mm512_store_si512(to, _mm512_mask_shuffle_epi8(odd, 0x3333333333333333u, even, upper_in_lane));
-      }
+      const __m512i both = _mm512_loadu_si512(w + quad * 32), nibble = _mm512_set1_epi8(15);
+      low = _mm512_and_si512(both, nibble);
+      high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
     }
-  }
-
-  bool offsets_;
-  float zero_;
-  const char* codes_ = nullptr;
-  uint16_t* to_ = nullptr;
-  int64_t left_ = 0, column_ = 0;  // columns of groups; the next one of the group
-  alignas(64) float scale_[kPanel], offset_[kPanel];
-};
-
-int64_t runs_of(int64_t group) { return group / 32; }
-int64_t blocks_of(int64_t k, int64_t group) { return round_up(k, group) / 32; }
-
-Cut cut_rows(int64_t row_blocks, int64_t k, int64_t group) {
-  const int64_t unit = runs_of(group), k_blocks = blocks_of(k, group);
-  if (row_blocks == 1) return {k_blocks, kFewSlab, k_blocks};
-  return cut_of(row_blocks, k_blocks, kSlab / unit * unit, unit);
-}
-
-int64_t prepared_quant_bytes(int64_t k, int64_t group) { return kRowBlock * blocks_of(k, group) * 32 * 2; }
-
-int64_t quant_sums(int64_t rows, int64_t panels, int64_t k, int64_t group) {
-  const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
-  return waiting_sums(row_blocks, panels, cut_rows(row_blocks, k, group));
-}
-
-// 32 adjacent k of a row, zeros behind n of them, as bf16.
-__m512i load_k(const uint16_t* x, int64_t n) {
-  if (n >= 32) return _mm512_loadu_si512(x);
-  return _mm512_maskz_loadu_epi16(n > 0 ? (1u << n) - 1 : 0, x);
-}
-__m512i load_k(const float* x, int64_t n) {
-  const vf low = n >= kW ? load(x) : n > 0 ? load(x, n) : vf{};
-  const vf high = n >= 2 * kW ? load(x + kW) : n > kW ? load(x + kW, n - kW) : vf{};
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
-
-template <class T>
-__m512i load_row(const QuantRows& rows, int64_t m, int64_t k) {
-  const T* x = static_cast<const T*>(rows.x) + m * rows.ldx;
-  const int64_t n = rows.k - k;
-  if (!rows.order) return load_k(x + k, n);
-  T sorted[32];
-  for (int64_t i = 0; i < 32 && i < n; ++i) sorted[i] = x[rows.order[k + i]];
-  return load_k(sorted, n);
-}
-
-// Up to 16 rows, as one tile for each 32 k.
-template <class T>
-void prepare_tile(const QuantRows& rows, int64_t m, int64_t count, int64_t step, uint16_t* to) {
-  const int64_t padded = round_up(rows.k, rows.group), width = width_of(count);
-  const auto lanes = static_cast<__mmask16>((1u << width) - 1);
-  for (int64_t k = 0; k < padded; k += 32, to += step) {
-    if (count == 1) {
-      _mm512_storeu_si512(to, load_row<T>(rows, m, k));
-      continue;
-    }
-    vf r[16];
-    for (int64_t i = 0; i < 16; ++i) r[i] = i < count ? reinterpret_cast<vf>(load_row<T>(rows, m + i, k)) : vf{};
-    transpose16(r);
-    for (int64_t pair = 0; pair < 16; ++pair) _mm512_mask_storeu_ps(to + pair * width * 2, lanes, r[pair]);
+    _mm512_store_si512(to + quad * 64, _mm512_sub_epi8(low, less));
+    _mm512_store_si512(to + quad * 64 + 64, _mm512_sub_epi8(high, less));
   }
 }
 
-void prepare_quant(const QuantRows& rows, int64_t begin, int64_t end, void* prepared) {
-  const auto tile = rows.x_bf16 ? prepare_tile<uint16_t> : prepare_tile<float>;
-  for (int64_t m = begin; m < end; m += kRowBlock) {
-    auto* block = static_cast<uint16_t*>(prepared) + m * blocks_of(rows.k, rows.group) * 32;
-    const int64_t count = end - m < kRowBlock ? end - m : kRowBlock;
-    const int64_t step = tiles_of<First::Weights>(block, count, 0).step;
-    tile(rows, m, count < 16 ? count : 16, step, block);
-    if (count > 16) tile(rows, m + 16, count - 16, step, block + kTile);
-  }
-}
-
-// c as end_sums() leaves it becomes [rows, 32].
-void transpose_sums(int64_t rows, float* c) {
-  for (int64_t first = 0; first < rows; first += 16, c += 16 * kPanel) {
-    const int64_t count = rows - first < 16 ? rows - first : 16;
-    if (count <= kFewRows) {
-      const __m512i lines = _mm512_mullo_epi32(reinterpret_cast<__m512i>(iota()), _mm512_set1_epi32(kPanel));
-      vf r[kFewRows][2];
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t v = 0; v < 2; ++v) r[i][v] = _mm512_i32gather_ps(lines, c + v * kW + i, 4);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t v = 0; v < 2; ++v) store(c + i * kPanel + v * kW, r[i][v]);
-      continue;
-    }
-    for (int64_t v = 0; v < 2; ++v) {
-      vf r[16];
-      for (int64_t i = 0; i < 16; ++i) r[i] = load(c + i * kPanel + v * kW);
-      transpose16(r);
-      for (int64_t i = 0; i < 16; ++i) store(c + i * kPanel + v * kW, r[i]);
-    }
-  }
-}
-
-// Where a product is: a slab of a panel within a stretch.
-struct Place {
-  int64_t from, to;  // k blocks of the stretch
-  int64_t panel, k;  // the first k block of the slab
-  int64_t length;    // k blocks of the slab
-};
-// The slab after p, of length 0 after the last one.
-Place after(Place p, const Cut& cut, int64_t p0, int64_t p1) {
-  p.k += p.length;
-  if (p.k == p.to) {
-    if (++p.panel == p1) {
-      p.panel = p0;
-      p.from = p.to;
-      p.to = p.from + cut.stretch < cut.k_blocks ? p.from + cut.stretch : cut.k_blocks;
-    }
-    p.k = p.from;
-  }
-  p.length = p.to - p.k < cut.slab ? p.to - p.k : cut.slab;
-  return p;
-}
-
-template <int kBits, int kRuns>
+template <int64_t kPart, int kBits, Scaling kScaling>
 class Product {
  public:
-  explicit Product(const QuantArgs& g, int64_t m0, int64_t m1)
+  Product(const QuantArgs& g, int64_t m0, int64_t m1)
       : g_(g),
         m0_(m0),
-        rows_(m1 - m0),
-        row_blocks_((rows_ + kRowBlock - 1) / kRowBlock),
-        cut_(cut_rows(row_blocks_, g.k, g.group)),
-        convert_(g) {}
+        m1_(m1),
+        group_(kPart == 32 ? 32 : g.group),
+        groups_(groups_of(g)),
+        parts_(groups_ * (group_ / kPart)),
+        units_((parts_ + kParts - 1) / kParts),
+        slots_(slots_of(m1 - m0, units_)),
+        code_bytes_(quant_code_bytes(kBits, group_)),
+        block_bytes_(quant_block_bytes(kBits, group_, g.offsets)),
+        totals_(reinterpret_cast<float*>(round_up(reinterpret_cast<intptr_t>(g.sums), kLine))),
+        weights_(reinterpret_cast<Halves*>(totals_ + kTotals)) {}
+
+  // Floats of room that a product needs.
+  static int64_t room(int64_t rows, int64_t k, int64_t group) {
+    const int64_t parts = round_up(k, group) / kPart;
+    return kLine / 4 + kTotals +
+           slots_of(rows, (parts + kParts - 1) / kParts) * static_cast<int64_t>(sizeof(Halves)) / 4;
+  }
 
   void run(int64_t p0, int64_t p1) {
-    configure_rows<First::Weights>(rows_ < kRowBlock ? rows_ : kRowBlock);
-    const bool stretched = cut_.stretch < cut_.k_blocks;
-    const int64_t to = stretched ? cut_.stretch : cut_.k_blocks;
-    Place now{0, to, p0, 0, cut_.slab < to ? cut_.slab : to};
-    convert(now, slabs_[0]);
-    convert_.finish();
-    for (int turn = 0; now.length > 0; turn ^= 1) {
-      const Place next = after(now, cut_, p0, p1);
-      if (next.length > 0) convert(next, slabs_[turn ^ 1]);
-      float* c = g_.sums + (stretched ? (now.panel - p0) * row_blocks_ * kBlockSums : 0);
-      multiply(now, next.length, slabs_[turn], c);
-      convert_.finish();
-      if (now.k + now.length == cut_.k_blocks) finish(now.panel, c);
-      now = next;
+    Pipeline<kPart, kSigned, kScaling> pipeline;
+    at_ = static_cast<const char*>(g_.w) + p0 * groups_ * block_bytes_;
+    left_ = (p1 - p0) * units_;
+    unpack();
+    const int64_t unit_bytes = kParts * kPart * block_bytes_ / group_;
+    int64_t slot = 0, finish_m = 0, finish_p = -1;  // rows and panel that are done with the next push
+    for (int64_t p = p0; p < p1; ++p) {
+      for (int64_t m = m0_; m < m1_; m += kBlockRows) {
+        const int64_t end = m1_ - m < kBlockRows ? m1_ : m + kBlockRows;
+        for (int64_t u = 0; u < units_; ++u) {
+          if (m == m0_) unpack();
+          const int64_t steps = 2 * kParts * ((end - m + kTileRows - 1) / kTileRows);
+          const int64_t lines = m == m0_ ? (unit_bytes / 64 + steps - 1) / steps : 0;
+          const char* ahead = at_ + kCodesAhead;
+          const int64_t here = (slot + u) % slots_;
+          for (int c = 0; c < 2; ++c) {
+            for (int64_t r = m; r < end; r += kTileRows) {
+              pipeline.push({.parts = static_cast<int>(parts_ - u * kParts < kParts ? parts_ - u * kParts : kParts),
+                             .load = r == m,
+                             .first = u == 0,
+                             .span = rows_of(g_, r) + u * kParts * kPart / kSpan,
+                             .w = &weights_[here][c],
+                             .total = total_of(m, r, c),
+                             .ahead = ahead,
+                             .lines = lines});
+              ahead += kParts * lines * 64;
+              if (finish_p >= 0) {
+                finish(finish_m, finish_p);
+                finish_p = -1;
+              }
+            }
+          }
+        }
+        finish_m = m, finish_p = p;
+      }
+      slot = (slot + units_) % slots_;
     }
-    release();
+    pipeline.push({});
+    finish(finish_m, finish_p);
   }
 
  private:
-  void convert(const Place& p, uint16_t* slab) {
-    const int64_t bytes = quant_block_bytes(kBits, g_.group, g_.offsets);
-    const int64_t block = (p.panel * cut_.k_blocks + p.k) / kRuns;
-    convert_.start(static_cast<const char*>(g_.w) + block * bytes, p.length / kRuns, slab);
+  // A symmetric code less its zero is a byte with a sign, unless the zero is far from the middle.
+  static constexpr bool kSigned = kBits == 4 || kScaling == Scaling::Plain;
+  static constexpr int64_t kBlockRows = kRowTiles * kTileRows, kTotals = kBlockRows * kPanel, kLine = 64;
+  typedef Weights<kPart> Halves[2];  // of a unit of a panel
+
+  // Unpacked units: of few rows, those at work, next and after next; of many, a panel and two more.
+  static int64_t slots_of(int64_t rows, int64_t units) { return rows > kBlockRows ? units + 2 : 3; }
+
+  float* total_of(int64_t m, int64_t row, int c) const { return totals_ + ((row - m) / kTileRows * 2 + c) * kTileSums; }
+  void finish(int64_t m, int64_t p) const {
+    const int64_t end = m1_ - m < kBlockRows ? m1_ : m + kBlockRows;
+    for (int64_t r = m; r < end; ++r) {
+      const float* total = total_of(m, r, 0) + r % kTileRows * kW;
+      finish_columns(g_, r, p * kPanel, load(total));
+      finish_columns(g_, r, p * kPanel + kW, load(total + kTileSums));
+    }
   }
 
-  // next: the k blocks that are converted meanwhile
-  void multiply(const Place& p, int64_t next, const uint16_t* slab, float* c) {
-    const int64_t steps = next * kPanel / kTogether, parts = row_blocks_ * p.length * 4;
-    const int64_t each = (steps + parts - 1) / parts;
-    const auto beside = [&](int64_t, int) {
-      for (int64_t i = 0; i < each; ++i) convert_.step();
-    };
-    const bool start = p.k == 0;
-    const uint16_t* block = static_cast<const uint16_t*>(g_.a) + m0_ * cut_.k_blocks * 32;
-    if (rows_ <= kRowBlock) {
-      const RowTiles tiles = tiles_of<First::Weights>(block, rows_, p.k);
-      const bool end = p.k + p.length == cut_.k_blocks;
-      rows_ > 16 ? add_once<true>(tiles, slab, p.length, start, end, beside, c)
-                 : add_once<false>(tiles, slab, p.length, start, end, beside, c);
-      return;
+  // The unit behind those unpacked so far, if there is one.
+  void unpack() {
+    if (left_ == 0) return;
+    --left_;
+    Halves& to = weights_[slot_];
+    slot_ = (slot_ + 1) % slots_;
+    const int64_t parts = parts_ - done_ < kParts ? parts_ - done_ : kParts;
+    constexpr uint8_t kFlip = 128;
+    const uint8_t minus = kScaling != Scaling::Plain ? 0 : kBits == 8 ? kFlip : static_cast<uint8_t>(g_.zero);
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t in_group = (done_ + i) * kPart % group_;  // k
+      const auto* scales = reinterpret_cast<const uint16_t*>(at_ + code_bytes_);
+      for (int c = 0; c < 2; ++c) {
+        unpack_codes<kBits>(at_ + c * code_bytes_ / 2 + in_group * kW * kBits / 8, minus, kPart / 4, to[c].codes[i]);
+        store(to[c].scales[i], load_half(scales + c * kW));
+        if constexpr (kScaling == Scaling::Offset) store(to[c].offsets[i], load_half(scales + kPanel + c * kW));
+      }
+      if (in_group + kPart == group_) at_ += block_bytes_;
     }
-    for (int64_t left = rows_; left > 0; left -= kRowBlock, block += kRowBlock * cut_.k_blocks * 32, c += kBlockSums) {
-      const int64_t here = left < kRowBlock ? left : kRowBlock;
-      const RowTiles tiles = tiles_of<First::Weights>(block, here, p.k);
-      if (here < kRowBlock) configure_rows<First::Weights>(here);
-      here > 16 ? add<true>(tiles, slab, p.length, start, beside, c)
-                : add<false>(tiles, slab, p.length, start, beside, c);
-      if (here < kRowBlock) configure_rows<First::Weights>(kRowBlock);
-    }
-  }
-  template <bool kHigh, class Beside>
-  static void add(const RowTiles& tiles, const uint16_t* slab, int64_t length, bool start, Beside& beside, float* c) {
-    begin_sums<kHigh>(start, c);
-    add_blocks<First::Weights, kHigh, true>(tiles, slab, length, beside);
-    end_sums<kHigh>(c);
-  }
-  // Of one row block, whose sums stay in tiles.
-  template <bool kHigh, class Beside>
-  static void add_once(const RowTiles& tiles, const uint16_t* slab, int64_t length, bool start, bool end,
-                       Beside& beside, float* c) {
-    if (start) begin_sums<kHigh>(true, c);
-    add_blocks<First::Weights, kHigh, false>(tiles, slab, length, beside);
-    if (end) end_sums<kHigh>(c);
-  }
-
-  void finish(int64_t panel, float* c) {
-    for (int64_t r = 0; r < rows_; r += kRowBlock, c += kBlockSums) {
-      const int64_t here = rows_ - r < kRowBlock ? rows_ - r : kRowBlock;
-      transpose_sums(here, c);
-      finish_block(g_, m0_ + r, here, panel * kPanel, c);
-    }
+    done_ += parts;
+    if (done_ == parts_) done_ = 0;
   }
 
   const QuantArgs& g_;
-  int64_t m0_, rows_, row_blocks_;
-  Cut cut_;
-  Converter<kBits, kRuns> convert_;
-  alignas(64) uint16_t slabs_[2][kSlab * 2 * kTile];
+  int64_t m0_, m1_;
+  int64_t group_, groups_, parts_, units_, slots_;  // parts and units of a panel
+  int64_t code_bytes_, block_bytes_;                // of a group
+  float* totals_;                                   // [row tiles][2][16][16]
+  Halves* weights_;                                 // [slots]
+  // What is unpacked next.
+  const char* at_ = nullptr;                // its block
+  int64_t left_ = 0, slot_ = 0, done_ = 0;  // units; of slots_; parts of the panel
 };
 
-template <int kBits, int kRuns>
+template <int64_t kPart, int kBits>
 void gemm(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  if (p0 < p1) Product<kBits, kRuns>(g, m0, m1).run(p0, p1);
+  if (g.offsets) {
+    Product<kPart, kBits, Scaling::Offset>(g, m0, m1).run(p0, p1);
+  } else if (kBits == 4 || g.zero == 128) {
+    Product<kPart, kBits, Scaling::Plain>(g, m0, m1).run(p0, p1);
+  } else {
+    Product<kPart, kBits, Scaling::Start>(g, m0, m1).run(p0, p1);
+  }
 }
 
 void gemm_quant(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
-  const auto run = g.bits == 8 ? (g.group == 32   ? gemm<8, 1>
-                                  : g.group == 64 ? gemm<8, 2>
-                                                  : gemm<8, 4>)
-                               : (g.group == 32   ? gemm<4, 1>
-                                  : g.group == 64 ? gemm<4, 2>
-                                                  : gemm<4, 4>);
+  if (m1 - m0 <= kFewRows) {
+    FASTLLM_ISA::multiply_rows(g, m0, m1, p0, p1);
+    return;
+  }
+  const auto run =
+      quant_part(g.group) == 32 ? (g.bits == 4 ? gemm<32, 4> : gemm<32, 8>) : (g.bits == 4 ? gemm<64, 4> : gemm<64, 8>);
   run(g, m0, m1, p0, p1);
+}
+
+int64_t quant_sums(int64_t rows, int64_t k, int64_t group) {
+  if (rows <= kFewRows) return 0;
+  return quant_part(group) == 32 ? Product<32, 8, Scaling::Offset>::room(rows, k, group)
+                                 : Product<64, 8, Scaling::Offset>::room(rows, k, group);
 }
 
 }  // namespace
 
-void FASTLLM_ISA::fill_quant(Kernels& t) {
-  t.code_order = CodeOrder::Columns;
-  t.prepared_quant_bytes = prepared_quant_bytes;
-  t.prepare_quant = prepare_quant;
+void FASTLLM_ISA::fill_quant_amx(Kernels& t) {
+  constexpr int kEdx = 3, kAmxInt8 = 25;
+  if (!has_byte_dot() || !cpu_has(0, kEdx, kAmxInt8)) return;
   t.gemm_quant = gemm_quant;
-  t.gemm_quant_plain = gemm_quant;
   t.quant_sums = quant_sums;
 }
 
 }  // namespace fastllm::cpu
 
+#else
+void fastllm::cpu::FASTLLM_ISA::fill_quant_amx(Kernels&) {}
 #endif

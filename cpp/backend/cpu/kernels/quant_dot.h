@@ -1,7 +1,8 @@
 // Sums of four products of bytes: lane c of a vector of sums gets sum_i codes[c][i] * x[i], i < 4, exactly.
 //
-// Each way of doing it has: Sum, what a column's group is added up in; X, four activations as an operand; add(); and
-// total(), the 32-bit sums at the end of a group of eight quads. Codes<4> below 16 leave room that Codes<8> do not.
+// Each way of doing it has: Sum, what eight quads of a column are added up in; X, four activations as an operand;
+// add(); and start() and end(), which take 32-bit sums over and give them back. Codes of 4 bits leave room that those
+// of 8 bits do not.
 #pragma once
 
 #include "backend/cpu/kernels/simd.h"
@@ -46,7 +47,8 @@ struct ByteDot {
   typedef vi X;
   static X operand(const int8_t* x) { return quad(x); }
   static void add(Sum& sum, vu codes, X x) { __asm__(FASTLLM_VPDPBUSD " %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x)); }
-  static vi total(Sum sum) { return sum; }
+  static void start(Sum& sum, vi isum) { sum = isum; }
+  static void end(vi& isum, Sum sum) { isum = sum; }
 };
 #undef FASTLLM_VPDPBUSD
 
@@ -68,7 +70,8 @@ struct PlainDot<8> {
     sum += as_int(madd16(as_bytes(codes & 0x00ff00ffu), x.even));
     sum += as_int(madd16(shift_right16(as_bytes(codes)), x.odd));
   }
-  static vi total(Sum sum) { return sum; }
+  static void start(Sum& sum, vi isum) { sum = isum; }
+  static void end(vi& isum, Sum sum) { isum = sum; }
 };
 
 // Eight quads add up to at most 8 * 2 * 15 * 127 = 30480 in each half.
@@ -78,7 +81,8 @@ struct PlainDot<4> {
   typedef Bytes X;
   static X operand(const int8_t* x) { return as_bytes(quad(x)); }
   static void add(Sum& sum, vu codes, X x) { sum = add16(sum, maddubs(as_bytes(codes), x)); }
-  static vi total(Sum sum) { return as_int(madd16(sum, as_bytes(set1(0x00010001)))); }
+  static void start(Sum& sum, vi) { sum = Sum{}; }
+  static void end(vi& isum, Sum sum) { isum += as_int(madd16(sum, as_bytes(set1(0x00010001)))); }
 };
 
 #else
@@ -93,7 +97,8 @@ struct PlainDot {
   static void add(Sum& sum, vu codes, const X& x) {
     for (int i = 0; i < 4; ++i) sum += reinterpret_cast<vi>((codes >> (8 * i)) & 255u) * x.v[i];
   }
-  static vi total(Sum sum) { return sum; }
+  static void start(Sum& sum, vi isum) { sum = isum; }
+  static void end(vi& isum, Sum sum) { isum = sum; }
 };
 
 #endif

@@ -9,6 +9,7 @@ Kernels table() {
   fill_gemm(t);
   fill_gemm_amx(t);
   fill_quant(t);
+  fill_quant_amx(t);
   fill_choose(t);
   fill_norm(t);
   fill_rope_kv(t);

@@ -1,4 +1,4 @@
-// Blocks of rows times slabs of a panel on AMX tiles, what the products of dense weights and of codes share.
+// Blocks of rows times slabs of a panel of bf16 on AMX tiles.
 //
 // Two tiles of rows (32 rows) by two of weights (32 columns) make four sums in tiles 0-3: 64 cycles of work for 4 KB of
 // loads, more than the second-level cache gives in that time. So a panel of weights is taken in slabs that stay in the
@@ -20,44 +20,26 @@ namespace {
 constexpr int64_t kStretch = 1280 << 10;  // bytes of rows kept in the second level at most
 constexpr int64_t kBlockSums = kRowBlock * kPanel;
 
-// The A operand of TDPBF16PS. Tiles of sums have a line for each of its rows: with Weights for each column of the
-// panel, so sums are transposed in their 16 x 16.
-enum class First { Rows, Weights };
-
 // Tiles 0, 1: rows 0-15 by the two halves of the panel; 2, 3: rows 16-31. 4, 5: rows. 6, 7: weights.
-template <First kFirst>
 inline void configure_rows(int64_t rows) {
   TileConfig c;
   const int64_t low = rows < 16 ? rows : 16, high = rows > 16 ? rows - 16 : 1;
   const int64_t count[8] = {low, low, high, high, low, high, 16, 16};
   for (int t = 0; t < 8; ++t) {
-    const bool lines = kFirst == First::Rows || t >= 6;
-    c.rows[t] = static_cast<uint8_t>(lines ? count[t] : 16);
-    c.bytes_per_row[t] = static_cast<uint16_t>(lines ? 64 : 4 * count[t]);
+    c.rows[t] = static_cast<uint8_t>(count[t]);
+    c.bytes_per_row[t] = 64;
   }
   configure(c);
 }
 
-// Rows of a tile that has `rows` of them as its B operand: a power of two, so that no line is split.
-inline int64_t width_of(int64_t rows) {
-  int64_t width = 1;
-  while (width < rows) width *= 2;
-  return width;
-}
-
-// A prepared block of up to 32 rows, from some k on. It has 32 k after 32 k, each as the tile of rows 0-15 and that of
-// the other rows: with Rows [rows][32 k], with Weights [16 k pairs][width_of(rows)][2].
+// A prepared block of up to 32 rows, from some k on: 32 k after 32 k, each as the tile of rows 0-15 and that of the
+// other rows.
 struct RowTiles {
   const uint16_t* at;
-  int64_t step;       // elements to the next 32 k
-  int64_t low, high;  // bytes between the lines of the two tiles
+  int64_t step;  // elements to the next 32 k
 };
-template <First kFirst>
 inline RowTiles tiles_of(const uint16_t* block, int64_t rows, int64_t k_block) {
-  if constexpr (kFirst == First::Rows) return {block + k_block * rows * 32, rows * 32, 64, 64};
-  const int64_t low = width_of(rows < 16 ? rows : 16), high = rows > 16 ? width_of(rows - 16) : 0;
-  const int64_t step = (low + high) * 32;
-  return {block + k_block * step, step, low * 4, high * 4};
+  return {block + k_block * rows * 32, rows * 32};
 }
 
 // c: [32, 32] fp32 in 16 x 16 blocks, one for each tile of sums.
@@ -90,54 +72,44 @@ inline void end_sums(float* c) {
   }
 }
 
-// c += the product of tiles of rows and weights.
-#define TILE_PRODUCT(c, rows, weights)   \
-  if constexpr (kFirst == First::Rows) { \
-    TILE_DOT(c, rows, weights);          \
-  } else {                               \
-    TILE_DOT(c, weights, rows);          \
-  }
-
 // Adds k_blocks blocks of 32 k to the sums in tiles. kOnce: leaves the rows out of the first-level cache. beside(b, i)
 // is called four times for each block, i < 4, so that its work stands between a tile's load and its product: products
 // that wait for their loads keep other instructions out of the scheduler.
-template <First kFirst, bool kHigh, bool kOnce, class Beside>
+template <bool kHigh, bool kOnce, class Beside>
 inline void add_blocks(const RowTiles& rows, const uint16_t* w, int64_t k_blocks, Beside&& beside) {
   const uint16_t* a = rows.at;
   for (int64_t b = 0; b < k_blocks; ++b, a += rows.step, w += 2 * kTile) {
     beside(b, 0);
     if constexpr (kOnce) {
-      TILE_LOAD_ONCE(4, a, rows.low);
+      TILE_LOAD_ONCE(4, a, 64);
     } else {
-      TILE_LOAD(4, a, rows.low);
+      TILE_LOAD(4, a, 64);
     }
     TILE_LOAD(6, w, 64);
     beside(b, 1);
-    TILE_PRODUCT(0, 4, 6);
+    TILE_DOT(0, 4, 6);
     TILE_LOAD(7, w + kTile, 64);
     if constexpr (kHigh) {
       if constexpr (kOnce) {
-        TILE_LOAD_ONCE(5, a + kTile, rows.high);
+        TILE_LOAD_ONCE(5, a + kTile, 64);
       } else {
-        TILE_LOAD(5, a + kTile, rows.high);
+        TILE_LOAD(5, a + kTile, 64);
       }
     }
     beside(b, 2);
-    TILE_PRODUCT(1, 4, 7);
+    TILE_DOT(1, 4, 7);
     if constexpr (kHigh) {
-      TILE_PRODUCT(2, 5, 6);
+      TILE_DOT(2, 5, 6);
     }
     beside(b, 3);
     if constexpr (kHigh) {
-      TILE_PRODUCT(3, 5, 7);
+      TILE_DOT(3, 5, 7);
     }
   }
 }
-#undef TILE_PRODUCT
 
 // Columns [n, n + 32) of `rows` rows; c: [rows, 32]. Whole panels of the common outputs without a test per vector.
-template <class Args>
-inline void finish_block(const Args& g, int64_t m, int64_t rows, int64_t n, const float* c) {
+inline void finish_block(const GemmArgs& g, int64_t m, int64_t rows, int64_t n, const float* c) {
   const bool whole = n + kPanel <= g.n && !g.bias;
   for (int64_t r = 0; r < rows; ++r, c += kPanel) {
     const vf left = load(c), right = load(c + kW);
@@ -161,9 +133,9 @@ inline void finish_block(const Args& g, int64_t m, int64_t rows, int64_t n, cons
 struct Cut {
   int64_t k_blocks, slab, stretch;  // blocks of 32 k
 };
-// most: blocks of a slab, of which it has a multiple of `unit`.
-inline Cut cut_of(int64_t row_blocks, int64_t k_blocks, int64_t most, int64_t unit) {
-  const int64_t slabs = (k_blocks + most - 1) / most, slab = round_up((k_blocks + slabs - 1) / slabs, unit);
+// most: blocks of a slab.
+inline Cut cut_of(int64_t row_blocks, int64_t k_blocks, int64_t most) {
+  const int64_t slabs = (k_blocks + most - 1) / most, slab = (k_blocks + slabs - 1) / slabs;
   const int64_t fit = kStretch / (row_blocks * slab * 4 * kTile), fitting = fit > 1 ? fit : 1;  // slabs of a stretch
   const int64_t stretches = (slabs + fitting - 1) / fitting;
   return {k_blocks, slab, (slabs + stretches - 1) / stretches * slab};
