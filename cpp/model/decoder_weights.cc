@@ -115,18 +115,20 @@ Quantization quantization_from_name(const std::string& name) {
 }
 
 GroupFormat choose_groups(Quantization wanted, WeightUse use, const GroupFormat& own) {
-  constexpr GroupFormat kInt4{4, true, 0};
+  // Wide groups where codes are chosen here: fewer scales to read, and fewer sums to multiply by them.
+  constexpr GroupFormat kInt8{8, false, 128, 64}, kInt4{4, true, 0, 64};
+  const auto keep_or = [&](const GroupFormat& chosen) { return own.bits == chosen.bits ? own : chosen; };
   switch (wanted) {
     case Quantization::None:
       return {};
     case Quantization::Auto:
       return own;
     case Quantization::Int8:
-      return use == WeightUse::Table ? own : kWideGroups;
+      return use == WeightUse::Table ? own : keep_or(kInt8);
     case Quantization::Int4:
       if (use == WeightUse::Table) return own;
       // Few bits cost most in the logits.
-      return use == WeightUse::Head ? kWideGroups : kInt4;
+      return keep_or(use == WeightUse::Head ? kInt8 : kInt4);
   }
   return {};
 }

@@ -92,7 +92,7 @@ def test_ranks_share_quantised_layers(make_llm: Callable[..., LLM], llama: Path,
     one = make_llm(llama, quantization="int8")
     two = make_llm(llama, quantization="int8", tensor_parallel_size=2)
     mean, worst, _ = compare(one, two, prompt[:200] + [1, 2], 20)
-    assert mean < 0.03 and worst < 0.3
+    assert mean < 0.05 and worst < 0.4
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

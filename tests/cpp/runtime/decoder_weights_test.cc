@@ -13,17 +13,20 @@ namespace fastllm {
 namespace {
 
 TEST(DecoderWeights, test_groups_are_chosen_by_what_is_wanted_and_what_the_weight_is_for) {
-  constexpr GroupFormat dense{}, own{4, false, 8}, wide{8, false, 128}, narrow{4, true, 0};
+  constexpr GroupFormat dense{}, own{4, false, 8}, own8{8, false, 128}, wide{8, false, 128, 64}, narrow{4, true, 0, 64};
   const struct {
     Quantization wanted;
     WeightUse use;
     GroupFormat own, chosen;
   } rows[] = {
-      {Quantization::None, WeightUse::Linear, own, dense},   {Quantization::Auto, WeightUse::Linear, own, own},
-      {Quantization::Auto, WeightUse::Linear, dense, dense}, {Quantization::Auto, WeightUse::Head, own, own},
-      {Quantization::Int8, WeightUse::Linear, dense, wide},  {Quantization::Int8, WeightUse::Head, dense, wide},
-      {Quantization::Int8, WeightUse::Table, dense, dense},  {Quantization::Int8, WeightUse::Table, own, own},
-      {Quantization::Int4, WeightUse::Linear, own, narrow},  {Quantization::Int4, WeightUse::Head, dense, wide},
+      {Quantization::None, WeightUse::Linear, own, dense},    {Quantization::Auto, WeightUse::Linear, own, own},
+      {Quantization::Auto, WeightUse::Linear, dense, dense},  {Quantization::Auto, WeightUse::Head, own, own},
+      {Quantization::Int8, WeightUse::Linear, dense, wide},   {Quantization::Int8, WeightUse::Head, dense, wide},
+      {Quantization::Int8, WeightUse::Table, dense, dense},   {Quantization::Int8, WeightUse::Table, own, own},
+      {Quantization::Int8, WeightUse::Linear, own, wide},     {Quantization::Int8, WeightUse::Linear, own8, own8},
+      {Quantization::Int4, WeightUse::Linear, own, own},      {Quantization::Int4, WeightUse::Linear, own8, narrow},
+      {Quantization::Int4, WeightUse::Linear, dense, narrow}, {Quantization::Int4, WeightUse::Head, own, wide},
+      {Quantization::Int4, WeightUse::Head, own8, own8},      {Quantization::Int4, WeightUse::Head, dense, wide},
       {Quantization::Int4, WeightUse::Table, dense, dense},
   };
   for (const auto& row : rows) {
