@@ -7,6 +7,7 @@ namespace fastllm::cpu::FASTLLM_ISA {
 
 void fill_gemm(Kernels& t);
 void fill_gemm_amx(Kernels& t);
+void fill_quant_rows(Kernels& t);
 void fill_quant(Kernels& t);
 void fill_quant_amx(Kernels& t);
 void fill_choose(Kernels& t);

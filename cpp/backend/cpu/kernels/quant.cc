@@ -3,8 +3,8 @@
 //
 //   for m, n: acc = 0; for parts: acc = fma(xs[m][part], scale[n][g] * sum_k (code[n][k] - zero) * xq[m][k], acc)
 //
-// A block of weights is read once for kQuantRows rows; codes become operands in registers. Cost: N K (bits + 16 / G) /
-// 8 bytes. Benchmark: fastllm_bench_ops --benchmark_filter=Quant
+// A block of weights is read once for a tile of rows; codes become operands in registers. Cost: N K (bits + 16 / G) / 8
+// bytes. Benchmark: fastllm_bench_ops --benchmark_filter=Quant
 #include "backend/cpu/kernels/quant.h"
 
 #include "backend/cpu/kernels/micro.h"
@@ -22,142 +22,7 @@ constexpr int kQuantRows = 8;
 constexpr int kQuantRows = 2;
 #endif
 
-int64_t prepared_quant_bytes(int64_t k) {
-  return kRowBlock / kTileRows * spans_of(k) * static_cast<int64_t>(sizeof(SpanRows));
-}
-
 int64_t quant_sums(int64_t, int64_t, int64_t) { return 0; }
-
-#if defined(__AVX2__)
-typedef __m256i Half;  // of eight lanes
-#if defined(__AVX512F__)
-inline Half low_half(__m512i v) { return _mm512_castsi512_si256(v); }
-inline Half high_half(__m512i v) { return _mm512_extracti64x4_epi64(v, 1); }
-#endif
-inline uint32_t max_lane(vu v) {
-#if defined(__AVX512F__)
-  const auto all = reinterpret_cast<__m512i>(v);
-  const Half h = _mm256_max_epu32(low_half(all), high_half(all));
-#else
-  const auto h = reinterpret_cast<Half>(v);
-#endif
-  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
-  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
-}
-inline int32_t sum_lanes(vi v) {
-#if defined(__AVX512F__)
-  const auto all = reinterpret_cast<__m512i>(v);
-  const Half h = _mm256_add_epi32(low_half(all), high_half(all));
-#else
-  const auto h = reinterpret_cast<Half>(v);
-#endif
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-  return _mm_cvtsi128_si32(s);
-}
-inline void store_bytes(int8_t* to, vi v) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
-#else
-  const auto h = reinterpret_cast<Half>(v);
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
-#endif
-}
-#else
-inline uint32_t max_lane(vu v) {
-  uint32_t most = 0;
-  for (int i = 0; i < kW; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-}
-inline int32_t sum_lanes(vi v) {
-  int32_t sum = 0;
-  for (int i = 0; i < kW; ++i) sum += v[i];
-  return sum;
-}
-inline void store_bytes(int8_t* to, vi v) {
-  for (int i = 0; i < kW; ++i) to[i] = static_cast<int8_t>(v[i]);
-}
-#endif
-
-inline float absolute_max(const vf* v, int64_t n) {
-  vu most{};
-  for (int64_t i = 0; i < n; ++i) {
-    const vu magnitude = as_bits(v[i]) & 0x7fffffffu;  // orders like |x|, NaN above all
-    most = magnitude > most ? magnitude : most;
-  }
-  const uint32_t bits = max_lane(most);
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
-}
-
-// Rounds a span of x, of which `n` exist, to row r of `to`, by parts of kPart.
-template <int64_t kPart, class T>
-inline void prepare_span(const QuantRows& rows, const T* x, int64_t n, int64_t r, SpanRows& to) {
-  constexpr int64_t kVectors = kPart / kW;
-  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  for (int64_t part = 0; part < kSpan / kPart; ++part) {
-    const int64_t first = part * kPart;
-    vf v[kVectors];
-    for (int64_t i = 0; i < kVectors; ++i) {
-      const int64_t at = first + i * kW, left = n - at;
-      v[i] = left >= kW ? load(x + at) : left > 0 ? load(x + at, left) : vf{};
-    }
-    const float absmax = absolute_max(v, kVectors);
-    const vf inverse = set1(absmax > 1e-36f ? 127.0f / absmax : 0.0f);
-    vi total{};
-    for (int64_t i = 0; i < kVectors; ++i) {
-      const vi code = reinterpret_cast<vi>(as_bits(fused(v[i], inverse, magic)) - as_bits(magic));
-      total += code;
-      store_bytes(to.codes[r] + first + i * kW, code);
-    }
-    to.steps[part][r] = absmax / 127.0f;
-    const int32_t sum = sum_lanes(total);
-    if (rows.offsets) {
-      to.sums[part][r] = static_cast<float>(sum);
-    } else {
-      to.starts[part][r] = -rows.zero * sum;
-    }
-  }
-}
-
-template <int64_t kPart, class T>
-void prepare_rows(const QuantRows& rows, int64_t begin, int64_t end, SpanRows* prepared) {
-  const int64_t spans = spans_of(rows.k);
-  for (int64_t m = begin; m < end; ++m) {
-    const T* x = static_cast<const T*>(rows.x) + m * rows.ldx;
-    SpanRows* to = prepared + m / kTileRows * spans;
-    for (int64_t s = 0; s < spans; ++s) {
-      const int64_t first = s * kSpan, n = rows.k - first < kSpan ? rows.k - first : kSpan;
-      if (rows.order) {
-        T sorted[kSpan];
-        for (int64_t i = 0; i < n; ++i) sorted[i] = x[rows.order[first + i]];
-        prepare_span<kPart>(rows, sorted, n, m % kTileRows, to[s]);
-      } else {
-        prepare_span<kPart>(rows, x + first, n, m % kTileRows, to[s]);
-      }
-    }
-  }
-  if (end % kTileRows == 0) return;
-  SpanRows* last = prepared + end / kTileRows * spans;
-  const int64_t r = end % kTileRows;
-  const auto bytes = static_cast<size_t>(kTileRows - r) * sizeof(float);
-  for (SpanRows* to = last; to < last + spans; ++to) {
-    for (auto& steps : to->steps) __builtin_memset(steps + r, 0, bytes);
-    for (auto& starts : to->starts) __builtin_memset(starts + r, 0, bytes);  // the bits of 0.0f too
-  }
-}
-
-void prepare_quant(const QuantRows& rows, int64_t begin, int64_t end, void* prepared) {
-  const bool small = quant_part(rows.group) == 32;
-  const auto prepare = rows.x_bf16 ? (small ? prepare_rows<32, uint16_t> : prepare_rows<64, uint16_t>)
-                                   : (small ? prepare_rows<32, float> : prepare_rows<64, float>);
-  prepare(rows, begin, end, static_cast<SpanRows*>(prepared));
-}
 
 // isum of kTogether vectors of columns and R rows over kPart k, from `start` of each row. w: the codes of tile 0 from
 // the part on; tile_bytes: from there to those of tile 1; column: the first of the panel. ahead: as many codes, which
@@ -309,8 +174,6 @@ void FASTLLM_ISA::multiply_rows(const QuantArgs& g, int64_t m0, int64_t m1, int6
 #endif
 
 void FASTLLM_ISA::fill_quant(Kernels& t) {
-  t.prepared_quant_bytes = prepared_quant_bytes;
-  t.prepare_quant = prepare_quant;
   t.gemm_quant_plain = gemm_quant<PlainDot<8>, PlainDot<4>>;
   t.gemm_quant = t.gemm_quant_plain;
   t.quant_sums = quant_sums;

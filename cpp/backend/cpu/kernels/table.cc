@@ -8,6 +8,7 @@ Kernels table() {
   t.name = FASTLLM_ISA_NAME;
   fill_gemm(t);
   fill_gemm_amx(t);
+  fill_quant_rows(t);
   fill_quant(t);
   fill_quant_amx(t);
   fill_choose(t);
