@@ -56,7 +56,8 @@ std::vector<std::string> available_isas() {
                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                        __builtin_cpu_supports("avx512vl");
 #if defined(FASTLLM_WITH_AMX)
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") && has_amx())
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+      __builtin_cpu_supports("avx512vnni") && has_amx())
     names.emplace_back("amx");
 #endif
 #if defined(FASTLLM_WITH_AVX512)

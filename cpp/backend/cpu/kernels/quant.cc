@@ -16,9 +16,13 @@ namespace {
 constexpr int kVecs = kPanel / kW;        // vectors of a panel
 constexpr int kTogether = 2;              // vectors that share an activation operand
 constexpr int64_t kQuantAhead = 8 << 10;  // bytes of weights fetched ahead of use
+
+// Rows whose sums have registers.
 #if defined(__AVX512F__)
-constexpr int kQuantRows = 8;
+template <class Dot>
+constexpr int kQuantRows = Dot::kOneInstruction ? 8 : 4;
 #else
+template <class Dot>
 constexpr int kQuantRows = 2;
 #endif
 
@@ -77,37 +81,40 @@ FASTLLM_INLINE inline void add_part(const char* w, int64_t tile_bytes, const uin
   const float* steps = span.steps[at / kPart] + row;
   const int32_t* starts = span.starts[at / kPart] + row;
   const float* sums = span.sums[at / kPart] + row;
-  each<kVecs / kTogether>([&](auto pass) FASTLLM_INLINE {
-    constexpr int kFirst = decltype(pass)::value * kTogether;
+  const auto columns = [&](int first) FASTLLM_INLINE {
     vi isum[R][kTogether];
     each<R>([&](auto r) FASTLLM_INLINE {
       for (vi& v : isum[r.value]) v = kOffsets ? vi{} : set1(starts[r.value]);
     });
-    sum_part<Dot, kBits, kPart>(w, tile_bytes, kFirst * kW, span.codes[row] + at, kFirst == 0 ? ahead : nullptr, isum);
+    sum_part<Dot, kBits, kPart>(w, tile_bytes, first * kW, span.codes[row] + at, first == 0 ? ahead : nullptr, isum);
     each<kTogether>([&](auto j) FASTLLM_INLINE {
-      constexpr int kVec = kFirst + decltype(j)::value;
-      const vf scale = load_half(scales + kVec * kW);
+      const int vec = first + decltype(j)::value;
+      const vf scale = load_half(scales + vec * kW);
       vf offset{};
-      if constexpr (kOffsets) offset = load_half(scales + kPanel + kVec * kW);
+      if constexpr (kOffsets) offset = load_half(scales + kPanel + vec * kW);
       each<R>([&](auto r) FASTLLM_INLINE {
         vf y = scale * __builtin_convertvector(isum[r.value][j.value], vf);
         if constexpr (kOffsets) y = fused(offset, set1(sums[r.value]), y);
-        acc[r.value][kVec] = fused(set1(steps[r.value]), y, acc[r.value][kVec]);
+        acc[r.value][vec] = fused(set1(steps[r.value]), y, acc[r.value][vec]);
       });
     });
-  });
+  };
+  if constexpr (kVecs == kTogether) {
+    columns(0);  // a constant leaves acc in registers
+  } else {
+    for (int first = 0; first < kVecs; first += kTogether) columns(first);
+  }
 }
 
-// R rows from m on, all of one tile of rows, times panel p. Those of kQuantRows and more wait in memory while others
+// kTurns times R rows from m on, all of one tile of rows, times panel p. Rows of other turns wait in memory while some
 // meet a part, so that its weights come from there once. first: they are the first rows to meet the panel.
-template <class Dot, int kBits, bool kOffsets, int64_t kPart, int R>
-inline void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p, bool first) {
-  constexpr int kAtOnce = R < kQuantRows ? R : kQuantRows, kTurns = R / kAtOnce;
+template <class Dot, int kBits, bool kOffsets, int64_t kPart, int R, int kTurns>
+void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p, bool first) {
   const int64_t group = kPart == 32 ? 32 : g.group, groups = (g.k + group - 1) / group;
   const int64_t code_bytes = quant_code_bytes(kBits, group), bytes = quant_block_bytes(kBits, group, kOffsets);
   const char* w = static_cast<const char*>(g.w) + p * groups * bytes;
   const int64_t row = m % kTileRows;
-  vf acc[kTurns][kAtOnce][kVecs];
+  vf acc[kTurns][R][kVecs];
   for (auto& turn : acc)
     for (auto& a : turn)
       for (vf& v : a) v = vf{};
@@ -119,33 +126,41 @@ inline void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p, bool first) 
       for (int64_t line = code_bytes; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
     const auto* scales = reinterpret_cast<const uint16_t*>(w + code_bytes);
     for (int64_t k = 0; k < group; k += kPart) {
-      each<kTurns>([&](auto turn) FASTLLM_INLINE {
-        constexpr int kTurn = decltype(turn)::value;
-        add_part<Dot, kBits, kOffsets, kPart, kAtOnce>(w + k * 2 * kBits, code_bytes / 2, scales, *span,
-                                                       row + kTurn * kAtOnce, at, kTurn == 0 ? ahead : nullptr,
-                                                       acc[kTurn]);
-      });
+      const auto add = [&](int turn) FASTLLM_INLINE {
+        add_part<Dot, kBits, kOffsets, kPart, R>(w + k * 2 * kBits, code_bytes / 2, scales, *span, row + turn * R, at,
+                                                 turn == 0 ? ahead : nullptr, acc[turn]);
+      };
+      if constexpr (kTurns == 1) {
+        add(0);  // a constant turn leaves acc in registers
+      } else {
+        for (int turn = 0; turn < kTurns; ++turn) add(turn);
+      }
       if (ahead) ahead += kPart * kPanel * kBits / 8;
       at += kPart;
       if (at == kSpan) ++span, at = 0;
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kVecs; ++v) finish_columns(g, m + r, p * kPanel + v * kW, acc[r / kAtOnce][r % kAtOnce][v]);
+  for (int r = 0; r < kTurns * R; ++r)
+    for (int v = 0; v < kVecs; ++v) finish_columns(g, m + r, p * kPanel + v * kW, acc[r / R][r % R][v]);
 }
 
 template <class Dot, int kBits, bool kOffsets, int64_t kPart>
 void gemm_part(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
+  constexpr int kMost = kQuantRows<Dot>, kFew = kMost < 4 ? kMost : 4;
   for (int64_t p = p0; p < p1; ++p) {
     for (int64_t m = m0; m < m1;) {
-      const auto run = [&](auto rows) {
-        rows_by_panel<Dot, kBits, kOffsets, kPart, decltype(rows)::value>(g, m, p, m == m0);
-        m += decltype(rows)::value;
-      };
-      if (m1 - m >= kTileRows) {
-        run(Rows<kTileRows>{});
+      const bool first = m == m0;
+      if (kMost == 8 && m1 - m >= 16) {
+        rows_by_panel<Dot, kBits, kOffsets, kPart, kMost, 16 / kMost>(g, m, p, first);
+        m += 16;
+      } else if (kMost == 8 && m1 - m >= 8) {
+        rows_by_panel<Dot, kBits, kOffsets, kPart, kMost, 1>(g, m, p, first);
+        m += 8;
       } else {
-        with_rows<kQuantRows>(m1 - m, run);
+        with_rows<kFew>(m1 - m, [&](auto rows) {
+          rows_by_panel<Dot, kBits, kOffsets, kPart, decltype(rows)::value, 1>(g, m, p, first);
+          m += decltype(rows)::value;
+        });
       }
     }
   }
@@ -174,11 +189,14 @@ void FASTLLM_ISA::multiply_rows(const QuantArgs& g, int64_t m0, int64_t m1, int6
 #endif
 
 void FASTLLM_ISA::fill_quant(Kernels& t) {
-  t.gemm_quant_plain = gemm_quant<PlainDot<8>, PlainDot<4>>;
-  t.gemm_quant = t.gemm_quant_plain;
   t.quant_sums = quant_sums;
+#if defined(__AMX_BF16__)
+  t.gemm_quant = t.gemm_quant_plain = multiply_rows;
+#else
+  t.gemm_quant = t.gemm_quant_plain = gemm_quant<PlainDot<8>, PlainDot<4> >;
 #if defined(__AVX2__)
   if (has_byte_dot()) t.gemm_quant = gemm_quant<ByteDot, ByteDot>;
+#endif
 #endif
 }
 

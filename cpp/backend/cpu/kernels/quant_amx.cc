@@ -326,7 +326,7 @@ int64_t quant_sums(int64_t rows, int64_t k, int64_t group) {
 
 void FASTLLM_ISA::fill_quant_amx(Kernels& t) {
   constexpr int kEdx = 3, kAmxInt8 = 25;
-  if (!has_byte_dot() || !cpu_has(0, kEdx, kAmxInt8)) return;
+  if (!cpu_has(0, kEdx, kAmxInt8)) return;
   t.gemm_quant = gemm_quant;
   t.quant_sums = quant_sums;
 }

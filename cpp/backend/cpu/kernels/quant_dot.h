@@ -1,8 +1,8 @@
 // Sums of four products of bytes: lane c of a vector of sums gets sum_i codes[c][i] * x[i], i < 4, exactly.
 //
-// Each way of doing it has: Sum, what eight quads of a column are added up in; X, four activations as an operand;
-// add(); and start() and end(), which take 32-bit sums over and give them back. Codes of 4 bits leave room that those
-// of 8 bits do not.
+// Each way of doing it has: kOneInstruction; Sum, what eight quads of a column are added up in; X, four activations as
+// an operand; add(); and start() and end(), which take 32-bit sums over and give them back. Codes of 4 bits leave room
+// that those of 8 bits do not.
 #pragma once
 
 #include "backend/cpu/kernels/simd.h"
@@ -43,6 +43,7 @@ inline Bytes as_bytes(vu v) { return reinterpret_cast<Bytes>(v); }
 
 // The instruction is spelled out: some machines of this level lack it, and the others are told apart at run time.
 struct ByteDot {
+  static constexpr bool kOneInstruction = true;
   typedef vi Sum;
   typedef vi X;
   static X operand(const int8_t* x) { return quad(x); }
@@ -58,6 +59,7 @@ struct PlainDot;
 // Products of codes up to 255 overflow sums of 16 bits, so both factors are widened first.
 template <>
 struct PlainDot<8> {
+  static constexpr bool kOneInstruction = false;
   typedef vi Sum;
   struct X {
     Bytes even, odd;
@@ -77,6 +79,7 @@ struct PlainDot<8> {
 // Eight quads add up to at most 8 * 2 * 15 * 127 = 30480 in each half.
 template <>
 struct PlainDot<4> {
+  static constexpr bool kOneInstruction = false;
   typedef Bytes Sum;
   typedef Bytes X;
   static X operand(const int8_t* x) { return as_bytes(quad(x)); }
@@ -89,6 +92,7 @@ struct PlainDot<4> {
 
 template <int>
 struct PlainDot {
+  static constexpr bool kOneInstruction = false;
   typedef vi Sum;
   struct X {
     int32_t v[4];
