@@ -66,7 +66,12 @@ struct Rows {
   static constexpr int value = N;
 };
 
+// What is inlined and unrolled by force takes sanitizers minutes to compile, and gains nothing there.
+#if defined(FASTLLM_SANITIZED)
+#define FASTLLM_INLINE __attribute__((noinline))
+#else
 #define FASTLLM_INLINE __attribute__((always_inline))
+#endif
 
 // f(Rows<r>{}) for r = 0 ... R - 1. Loops over an array of sums that the compiler unrolls late leave it in memory.
 template <int R, class F>

@@ -17,12 +17,11 @@ constexpr int kVecs = kPanel / kW;        // vectors of a panel
 constexpr int kTogether = 2;              // vectors that share an activation operand
 constexpr int64_t kQuantAhead = 8 << 10;  // bytes of weights fetched ahead of use
 
-// Rows whose sums have registers.
-#if defined(__AVX512F__)
+// Rows whose sums have registers. Sanitizers take minutes to compile more than a few.
 template <class Dot>
+#if defined(__AVX512F__) && !defined(FASTLLM_SANITIZED)
 constexpr int kQuantRows = Dot::kOneInstruction ? 8 : 4;
 #else
-template <class Dot>
 constexpr int kQuantRows = 2;
 #endif
 
@@ -150,12 +149,12 @@ void gemm_part(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p
   for (int64_t p = p0; p < p1; ++p) {
     for (int64_t m = m0; m < m1;) {
       const bool first = m == m0;
-      if (kMost == 8 && m1 - m >= 16) {
-        rows_by_panel<Dot, kBits, kOffsets, kPart, kMost, 16 / kMost>(g, m, p, first);
-        m += 16;
-      } else if (kMost == 8 && m1 - m >= 8) {
+      if (Dot::kOneInstruction && m1 - m >= kTileRows) {
+        rows_by_panel<Dot, kBits, kOffsets, kPart, kMost, kTileRows / kMost>(g, m, p, first);
+        m += kTileRows;
+      } else if (kMost > kFew && m1 - m >= kMost) {
         rows_by_panel<Dot, kBits, kOffsets, kPart, kMost, 1>(g, m, p, first);
-        m += 8;
+        m += kMost;
       } else {
         with_rows<kFew>(m1 - m, [&](auto rows) {
           rows_by_panel<Dot, kBits, kOffsets, kPart, decltype(rows)::value, 1>(g, m, p, first);
