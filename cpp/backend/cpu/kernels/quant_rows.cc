@@ -55,8 +55,9 @@ inline void max_lanes(const vu (&v)[N], int32_t (&out)[4]) {
 template <int N>
 inline void sum_lanes(const vi (&v)[N], int32_t (&out)[4]) {
   for (int i = 0; i < N; ++i) {
-    out[i] = 0;
-    for (int lane = 0; lane < kW; ++lane) out[i] += v[i][lane];
+    uint32_t sum = 0;
+    for (int lane = 0; lane < kW; ++lane) sum += static_cast<uint32_t>(v[i][lane]);
+    out[i] = static_cast<int32_t>(sum);
   }
 }
 inline void store_bytes(int8_t* to, const vi (&v)[kVectors]) {
@@ -102,12 +103,13 @@ inline void prepare_span(const QuantRows& rows, const T* x, int64_t n, int64_t r
     sums[i / kOfPart] += codes[i];
   }
   store_bytes(to.codes[r], codes);
-  sum_lanes(sums, totals);
+  sum_lanes(sums, totals);  // without meaning, and beyond 32 bits, where the row is not finite; its steps say so
   for (int part = 0; part < kParts; ++part) {
     if (rows.offsets) {
       to.sums[part][r] = static_cast<float>(totals[part]);
     } else {
-      to.starts[part][r] = -rows.zero * totals[part];
+      to.starts[part][r] =
+          static_cast<int32_t>(static_cast<uint32_t>(-rows.zero) * static_cast<uint32_t>(totals[part]));
     }
   }
 }
