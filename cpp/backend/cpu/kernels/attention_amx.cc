@@ -58,17 +58,17 @@ template <class R>
 void score(const KeyRows& keys, int64_t k, const char* q, float* s) {
   constexpr int64_t kRow = R::kQueries * 4, kGroup = 16 * R::kQueries;
   for (int64_t g = 0; g < kKvTile / 16; g += 2, s += 2 * kGroup) {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
+    zero_tile<0>();
+    zero_tile<1>();
     for (int64_t i = 0; i < k; ++i) {
-      TILE_LOAD(3, q + i * kTileBytes, 64);
-      TILE_LOAD(2, keys.at[g] + i * 64, keys.stride);
-      TILE_DOT(0, 2, 3);
-      TILE_LOAD(7, keys.at[g + 1] + i * 64, keys.stride);
-      TILE_DOT(1, 7, 3);
+      load_tile<3>(q + i * kTileBytes, 64);
+      load_tile<2>(keys.at[g] + i * 64, keys.stride);
+      dot_bf16<0, 2, 3>();
+      load_tile<7>(keys.at[g + 1] + i * 64, keys.stride);
+      dot_bf16<1, 7, 3>();
     }
-    TILE_STORE(0, s, kRow);
-    TILE_STORE(1, s + kGroup, kRow);
+    store_tile<0>(s, kRow);
+    store_tile<1>(s + kGroup, kRow);
   }
 }
 
@@ -107,18 +107,18 @@ void weigh(const char* p, const char* values, int64_t dim, float* out) {
   const int64_t half = dim / 16 * kTileBytes;
   for (int64_t d = 0; d < dim; d += 32, values += 2 * kTileBytes) {
     const bool both = d + 16 < dim;
-    TILE_ZERO(4);
-    TILE_ZERO(5);
+    zero_tile<4>();
+    zero_tile<5>();
     for (int64_t i = 0; i < 2; ++i) {
-      TILE_LOAD(6, p + i * kTileBytes, 64);
-      TILE_LOAD(7, values + i * half, 64);
-      TILE_DOT(4, 6, 7);
+      load_tile<6>(p + i * kTileBytes, 64);
+      load_tile<7>(values + i * half, 64);
+      dot_bf16<4, 6, 7>();
       if (!both) continue;
-      TILE_LOAD(2, values + i * half + kTileBytes, 64);
-      TILE_DOT(5, 6, 2);
+      load_tile<2>(values + i * half + kTileBytes, 64);
+      dot_bf16<5, 6, 2>();
     }
-    TILE_STORE(4, out + d, dim * 4);
-    if (both) TILE_STORE(5, out + d + 16, dim * 4);
+    store_tile<4>(out + d, dim * 4);
+    if (both) store_tile<5>(out + d + 16, dim * 4);
   }
 }
 

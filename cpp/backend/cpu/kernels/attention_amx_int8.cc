@@ -20,9 +20,6 @@ namespace {
 constexpr float kMostQuery = 127 * 256;  // its high code fits 8 bits with a sign
 constexpr float kMostWeight = 65535;
 
-// A without sign, B with.
-#define TILE_DOT_WEIGHTS(c, a, b) __asm__ volatile("tdpbusd %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
-
 // 256 high + low of 16 sums.
 inline vf join(const int32_t* high, const int32_t* low) {
   const vf h = _mm512_cvtepi32_ps(_mm512_loadu_si512(high)), l = _mm512_cvtepi32_ps(_mm512_loadu_si512(low));
@@ -76,17 +73,17 @@ void score(const KeyRows& keys, int64_t k, const char* q, int32_t* sums) {
   constexpr int64_t kRow = R::kQueries * 4, kGroup = 16 * R::kQueries;
   int32_t* low = sums + kKvTile * R::kQueries;
   for (int64_t g = 0; g < kKvTile / 16; ++g) {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
+    zero_tile<0>();
+    zero_tile<1>();
     for (int64_t i = 0; i < k; ++i) {
-      TILE_LOAD(2, keys.at[g] + i * 64, keys.stride);
-      TILE_LOAD(3, q + 2 * i * kTileBytes, 64);
-      TILE_DOT_SIGNED(0, 2, 3);
-      TILE_LOAD(3, q + (2 * i + 1) * kTileBytes, 64);
-      TILE_DOT_SIGNED(1, 2, 3);
+      load_tile<2>(keys.at[g] + i * 64, keys.stride);
+      load_tile<3>(q + 2 * i * kTileBytes, 64);
+      dot_bytes<true, true, 0, 2, 3>();
+      load_tile<3>(q + (2 * i + 1) * kTileBytes, 64);
+      dot_bytes<true, true, 1, 2, 3>();
     }
-    TILE_STORE(0, sums + g * kGroup, kRow);
-    TILE_STORE(1, low + g * kGroup, kRow);
+    store_tile<0>(sums + g * kGroup, kRow);
+    store_tile<1>(low + g * kGroup, kRow);
   }
 }
 
@@ -140,15 +137,15 @@ vf round_rows(float* s, const float* scales, char* p) {
 void weigh(const char* p, const char* values, int64_t n, int64_t dim, vf steps, int32_t* sums, float* out) {
   int32_t* low = sums + kChunk * dim;
   for (int64_t d = 0; d < dim; d += 16, values += kTileBytes) {
-    TILE_ZERO(4);
-    TILE_ZERO(5);
-    TILE_LOAD(7, values, 64);
-    TILE_LOAD(6, p, 64);
-    TILE_DOT_WEIGHTS(4, 6, 7);
-    TILE_LOAD(6, p + kTileBytes, 64);
-    TILE_DOT_WEIGHTS(5, 6, 7);
-    TILE_STORE(4, sums + d, dim * 4);
-    TILE_STORE(5, low + d, dim * 4);
+    zero_tile<4>();
+    zero_tile<5>();
+    load_tile<7>(values, 64);
+    load_tile<6>(p, 64);
+    dot_bytes<false, true, 4, 6, 7>();
+    load_tile<6>(p + kTileBytes, 64);
+    dot_bytes<false, true, 5, 6, 7>();
+    store_tile<4>(sums + d, dim * 4);
+    store_tile<5>(low + d, dim * 4);
   }
   for (int64_t i = 0; i < n; ++i)
     for (int64_t d = i * dim; d < (i + 1) * dim; d += kW) store(out + d, join(sums + d, low + d) * steps[i]);

@@ -46,8 +46,7 @@ void prepare_bf16(const uint16_t* x, int64_t ldx, int64_t begin, int64_t end, in
 template <int kFetch>
 struct Fetch {
   const char* ahead;
-  __attribute__((always_inline)) void operator()(int64_t b, int part) const {
-    if (part != 0) return;
+  __attribute__((always_inline)) void operator()(int64_t b) const {
     const char* from = ahead + b * kFetch * 64;
     for (int i = 0; i < kFetch; ++i) __builtin_prefetch(from + i * 64, 0, 2);
   }

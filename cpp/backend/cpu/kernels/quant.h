@@ -34,7 +34,6 @@ inline bool has_byte_dot() {
 #endif
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kQuads = kGroup / 4;  // of four k, in the smallest group
 
 inline int64_t groups_of(const QuantArgs& g) { return (g.k + g.group - 1) / g.group; }
 inline int64_t spans_of(int64_t k) { return (k + kSpan - 1) / kSpan; }

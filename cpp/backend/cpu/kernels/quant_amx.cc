@@ -50,28 +50,6 @@ struct Unit {
   int64_t lines;
 };
 
-// Tile registers by number. GCC and clang print %c as a bare constant.
-template <int T>
-FASTLLM_INLINE inline void load_tile(const void* p, int64_t stride) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
-}
-template <int T>
-FASTLLM_INLINE inline void store_tile(void* p) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t{64}), "i"(T) : "memory");
-}
-template <int T>
-FASTLLM_INLINE inline void zero_tile() {
-  __asm__ volatile("tilezero %%tmm%c0" ::"i"(T) : "memory");
-}
-template <bool kSigned, int C, int A, int B>
-FASTLLM_INLINE inline void dot_tiles() {
-  if constexpr (kSigned) {
-    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
-  } else {
-    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
-  }
-}
-
 // Tiles 0, 1: sums; 2, 3: A, rows; 4 to 7: B, the weights of the four parts.
 void configure_rows(int64_t k) {
   TileConfig c;
@@ -107,12 +85,12 @@ class Pipeline {
     if (u.load) load_tile<kB>(u.w->codes[kI], 64);
     load_tile<kA>(span_of(u, kI).codes[0] + kI % kPartsOfSpan * kPart, kSpan);
     zero_tile<kC>();
-    dot_tiles<kSigned, kC, kA, kB>();
+    dot_bytes<true, kSigned, kC, kA, kB>();
     waiting_[kC] = sums_[turn_ ^ 1][kI];
   }
   template <int kC>
   FASTLLM_INLINE void save() {
-    if (waiting_[kC]) store_tile<kC>(waiting_[kC]);
+    if (waiting_[kC]) store_tile<kC>(waiting_[kC], 64);
     waiting_[kC] = nullptr;
   }
 

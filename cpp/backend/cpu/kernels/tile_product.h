@@ -46,64 +46,60 @@ inline RowTiles tiles_of(const uint16_t* block, int64_t rows, int64_t k_block) {
 template <bool kHigh>
 inline void begin_sums(bool start, const float* c) {
   if (start) {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
+    zero_tile<0>();
+    zero_tile<1>();
   } else {
-    TILE_LOAD(0, c, 128);
-    TILE_LOAD(1, c + 16, 128);
+    load_tile<0>(c, 128);
+    load_tile<1>(c + 16, 128);
   }
   if constexpr (kHigh) {
     if (start) {
-      TILE_ZERO(2);
-      TILE_ZERO(3);
+      zero_tile<2>();
+      zero_tile<3>();
     } else {
-      TILE_LOAD(2, c + 16 * kPanel, 128);
-      TILE_LOAD(3, c + 16 * kPanel + 16, 128);
+      load_tile<2>(c + 16 * kPanel, 128);
+      load_tile<3>(c + 16 * kPanel + 16, 128);
     }
   }
 }
 template <bool kHigh>
 inline void end_sums(float* c) {
-  TILE_STORE(0, c, 128);
-  TILE_STORE(1, c + 16, 128);
+  store_tile<0>(c, 128);
+  store_tile<1>(c + 16, 128);
   if constexpr (kHigh) {
-    TILE_STORE(2, c + 16 * kPanel, 128);
-    TILE_STORE(3, c + 16 * kPanel + 16, 128);
+    store_tile<2>(c + 16 * kPanel, 128);
+    store_tile<3>(c + 16 * kPanel + 16, 128);
   }
 }
 
-// Adds k_blocks blocks of 32 k to the sums in tiles. kOnce: leaves the rows out of the first-level cache. beside(b, i)
-// is called four times for each block, i < 4, so that its work stands between a tile's load and its product: products
-// that wait for their loads keep other instructions out of the scheduler.
-template <bool kHigh, bool kOnce, class Beside>
-inline void add_blocks(const RowTiles& rows, const uint16_t* w, int64_t k_blocks, Beside&& beside) {
+// Adds k_blocks blocks of 32 k to the sums in tiles. kOnce: leaves the rows out of the first-level cache. fetch(b) is
+// called for each block.
+template <bool kHigh, bool kOnce, class Fetch>
+inline void add_blocks(const RowTiles& rows, const uint16_t* w, int64_t k_blocks, const Fetch& fetch) {
   const uint16_t* a = rows.at;
   for (int64_t b = 0; b < k_blocks; ++b, a += rows.step, w += 2 * kTile) {
-    beside(b, 0);
+    fetch(b);
     if constexpr (kOnce) {
-      TILE_LOAD_ONCE(4, a, 64);
+      load_tile_once<4>(a, 64);
     } else {
-      TILE_LOAD(4, a, 64);
+      load_tile<4>(a, 64);
     }
-    TILE_LOAD(6, w, 64);
-    beside(b, 1);
-    TILE_DOT(0, 4, 6);
-    TILE_LOAD(7, w + kTile, 64);
+    load_tile<6>(w, 64);
+    dot_bf16<0, 4, 6>();
+    load_tile<7>(w + kTile, 64);
     if constexpr (kHigh) {
       if constexpr (kOnce) {
-        TILE_LOAD_ONCE(5, a + kTile, 64);
+        load_tile_once<5>(a + kTile, 64);
       } else {
-        TILE_LOAD(5, a + kTile, 64);
+        load_tile<5>(a + kTile, 64);
       }
     }
-    beside(b, 2);
-    TILE_DOT(1, 4, 7);
+    dot_bf16<1, 4, 7>();
     if constexpr (kHigh) {
-      TILE_DOT(2, 5, 6);
+      dot_bf16<2, 5, 6>();
     }
-    beside(b, 3);
     if constexpr (kHigh) {
-      TILE_DOT(3, 5, 7);
+      dot_bf16<3, 5, 7>();
     }
   }
 }
