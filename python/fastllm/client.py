@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class EngineClient:
         self.model_config = model_config
         self._outputs = OutputProcessor(tokenizer, model_config.eos_token_ids)
         self._core_ids = itertools.count(1)
+        self._unread: Sequence[_core.TokenDelta] = ()  # polled, not yet processed
         self._by_name: dict[str, RequestState] = {}
 
     @classmethod
@@ -108,7 +110,11 @@ class EngineClient:
         eos = [cast(int, tokenizer.eos_token_id)]
         max_len = args.max_model_len or _NULL_MAX_LEN
         core = _core.Engine.create_null(
-            args.to_core(max_len, tokenizer.vocab_size), vocab=tokenizer.vocab_size, max_len=max_len, eos=eos
+            args.to_core(max_len, tokenizer.vocab_size),
+            vocab=tokenizer.vocab_size,
+            max_len=max_len,
+            eos=eos,
+            step_us=int(os.environ.get("FASTLLM_NULL_STEP_US", "0")),
         )
         config = ModelConfig(
             args.model,
@@ -201,15 +207,27 @@ class EngineClient:
         self._by_name[request_id] = state
         return state
 
-    def poll(self, timeout_s: float = 0.0, *, until_end: bool = False) -> list[RequestState]:
-        """The requests that changed since the last poll. until_end: waits for the end of a sample, not any token."""
-        changed, to_abort = self._outputs.process(self.core.poll(timeout_s, until_end))
+    def poll(self, timeout_s: float = 0.0, *, until_end: bool = False, limit: int | None = None) -> list[RequestState]:
+        """The requests that changed since the last poll. until_end: waits for the end of a sample, not any token.
+
+        limit: samples to take at most; while has_unread, the next call goes on with the rest.
+        """
+        deltas = self._unread or self.core.poll(timeout_s, until_end)
+        if limit is None:
+            self._unread = ()
+        else:
+            deltas, self._unread = deltas[:limit], deltas[limit:]
+        changed, to_abort = self._outputs.process(deltas)
         for core_id, index in to_abort:
             self.core.abort(core_id, index)
         for state in changed:
             if state.finished:
                 self._by_name.pop(state.request_id, None)
         return changed
+
+    @property
+    def has_unread(self) -> bool:
+        return bool(self._unread)
 
     def abort(self, request_id: str) -> None:
         """Asks the core to end a request; its last output, with finish_reason "abort", comes with a later poll."""

@@ -26,9 +26,11 @@ class _ByteStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
-        if token_id in self._skip:
-            return ""
-        return self._decoder.decode(self._tokenizer.stream_bytes(token_id))
+        return self.add_all((token_id,))
+
+    def add_all(self, ids: Sequence[int]) -> str:
+        piece, skip = self._tokenizer.stream_bytes, self._skip
+        return self._decoder.decode(b"".join([piece(id) for id in ids if id not in skip]))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -88,10 +90,21 @@ class IncrementalDetokenizer:
 
     @property
     def text(self) -> str:
-        return self._all[: self._emitted]
+        return self.text_from(0)
+
+    def text_from(self, start: int) -> str:
+        return self._all[start : self._emitted]
+
+    @property
+    def num_chars(self) -> int:
+        return self._emitted
 
     def add(self, ids: Sequence[int]) -> str:
         """Takes new tokens and returns the text that has become final."""
+        if not self._stops and isinstance(self._stream, _ByteStream):  # no token may end the text
+            self.num_tokens += len(ids)
+            self._append(self._stream.add_all(ids))
+            return self._emit(len(self._all))
         for token_id in ids:
             if self.stop_reason is not None:
                 break

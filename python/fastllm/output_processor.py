@@ -32,26 +32,26 @@ class SequenceState:
     given_finish: bool = False
 
     @property
-    def text(self) -> str:
-        return self.detokenizer.text if self.detokenizer else ""
+    def num_chars(self) -> int:
+        return self.detokenizer.num_chars if self.detokenizer else 0
 
     def output(self, delta: bool) -> CompletionOutput:
         tokens, text = (self.given_tokens, self.given_text) if delta else (0, 0)
         result = CompletionOutput(
             index=self.index,
-            text=self.text[text:],
+            text=self.detokenizer.text_from(text) if self.detokenizer else "",
             token_ids=self.token_ids[tokens:],
             cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
             logprobs=None if self.logprobs is None else self.logprobs[tokens:],
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
-        self.given_tokens, self.given_text = len(self.token_ids), len(self.text)
+        self.given_tokens, self.given_text = len(self.token_ids), self.num_chars
         self.given_finish = self.finish_reason is not None
         return result
 
     def has_news(self) -> bool:
-        unseen = len(self.token_ids) > self.given_tokens or len(self.text) > self.given_text
+        unseen = len(self.token_ids) > self.given_tokens or self.num_chars > self.given_text
         return unseen or (self.finish_reason is not None and not self.given_finish)
 
 

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from fastllm.chat import render_chat
 from fastllm.errors import LoadError
 
+_LONG_TEXT = 2000  # characters; from here on other threads run meanwhile: only encode_batch gives up the GIL
+
 
 class Tokenizer:
     """A model's tokenizer with its special tokens and chat template. Immutable once loaded; safe to share by threads.
@@ -33,6 +35,7 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.byte_level = _decoder_type(backend) == "ByteLevel"
+        self._stream_bytes: dict[int, bytes] = {}  # of the tokens seen so far
 
     @property
     def vocab_size(self) -> int:
@@ -56,8 +59,9 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        if len(text) < _LONG_TEXT:
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = True) -> str:
         chosen = [ids] if isinstance(ids, int) else list(ids)
@@ -85,8 +89,11 @@ class Tokenizer:
 
     def stream_bytes(self, token_id: int) -> bytes:
         """What a byte-level decoder appends for this token; unlike token_bytes, added tokens are decoded too."""
-        piece = self.backend.id_to_token(token_id)
-        return b"" if piece is None else _bytes_of(piece)
+        known = self._stream_bytes.get(token_id)
+        if known is None:
+            piece = self.backend.id_to_token(token_id)
+            known = self._stream_bytes[token_id] = b"" if piece is None else _bytes_of(piece)
+        return known
 
     def apply_chat_template(
         self,

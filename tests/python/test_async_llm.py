@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastllm import AsyncLLM, EngineArgs, RequestOutput, RequestOutputKind, SamplingParams
+from fastllm import AsyncLLM, EngineArgs, RequestOutput, RequestOutputKind, SamplingParams, async_llm
 from fastllm.async_llm import StepReport
 from fastllm.errors import RequestError
 
@@ -51,6 +51,25 @@ def test_kinds_of_output_add_up_to_the_same() -> None:
         assert len(final) == 1 and all(o[-1].finished for o in (deltas, cumulative, final))
 
     run(test)
+
+
+def test_many_streams_are_served_a_slice_a_turn_of_the_loop() -> None:
+    """However many samples a poll brings, the loop gets to do other things between slices of them."""
+
+    async def test(engine: AsyncLLM) -> None:
+        samples: list[int] = []  # of each report
+
+        def observe(report: StepReport) -> None:
+            samples.append(len(report.first_token_s) + len(report.inter_token_s))
+
+        engine.add_step_observer(observe)
+        outputs = await asyncio.gather(*(collect(engine, f"s{i}", params(max_tokens=40)) for i in range(200)))
+        assert all(sum(len(o.outputs[0].token_ids) for o in output) == 40 for output in outputs)
+        # A sample's first tokens may be in a report twice: the first, and those that came with it.
+        assert max(samples) <= 2 * async_llm._SLICE
+        assert engine.stats().num_finished == 200
+
+    run(test, max_num_seqs=200, num_gpu_blocks_override=2000)
 
 
 def test_slow_consumer_gets_fewer_larger_updates() -> None:

@@ -1,4 +1,4 @@
-"""The GPU benchmark scripts, on a tiny model on the CPU: they run, and their tables say what the results say."""
+"""The GPU and front-end benchmark scripts, with a tiny model or none: they run, and tables say what results say."""
 
 from __future__ import annotations
 
@@ -47,6 +47,16 @@ def test_workloads_of_a_tiny_shape_are_measured(tmp_path: Path) -> None:
     assert batch["out_tok_s"] == pytest.approx(256 * 128 / batch["s"])
     assert 0 < result["bs1_128_128"]["host_us_per_step"]
     assert 0 < batch["host_us_per_step"] < batch["us_per_step"]
+
+
+@pytest.mark.parametrize("kind", ["", "--chat"])
+def test_streams_of_the_front_end_carry_every_token(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    options = ["--streams", "8", "--tokens", "50", "--repeats", "1", "--json", str(file)]
+    run_script("front_end.py", *options, *([kind] if kind else []))
+    (run,) = json.loads(file.read_text())
+    assert run["tokens"] == 8 * 50
+    assert 1 <= run["tokens_per_event"] <= 50 and run["server_us_per_event"] > 0
 
 
 def test_shared_system_prompt_is_the_sentence_fifty_times_before_three_questions(

@@ -36,6 +36,23 @@ def random_text(rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+def test_text_does_not_depend_on_how_many_tokens_come_at_once(kind: str, seed: int) -> None:
+    rng = random.Random(seed)
+    tokenizer = TOKENIZERS[kind]()
+    for _ in range(50):
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(1, 60))]
+        one_by_one, in_pieces = (IncrementalDetokenizer(tokenizer, SamplingParams()) for _ in range(2))
+        expected = "".join(one_by_one.add([id]) for id in ids) + one_by_one.finish()
+        text, at = "", 0
+        while at < len(ids):
+            count = rng.randrange(1, 20)
+            text += in_pieces.add(ids[at : at + count])
+            at += count
+        assert text + in_pieces.finish() == expected == in_pieces.text
+        assert in_pieces.num_tokens == one_by_one.num_tokens == len(ids)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_streamed_text_equals_whole_decode(kind: str, seed: int) -> None:
     rng = random.Random(seed)
     tokenizer = TOKENIZERS[kind]()

@@ -103,3 +103,16 @@ def test_broken_tokenizer_file_is_a_load_error(tmp_path: Path, content: bytes) -
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(LoadError, match="tokenizer.json"):
         load_tokenizer(tmp_path)
+
+
+def test_long_text_has_the_tokens_of_its_lines(seed: int) -> None:
+    """Long text takes a way of its own through the tokenizer, which leaves other threads running."""
+    rng = random.Random(seed)
+    tokenizer = byte_tokenizer()
+    lines = [rng.choice(TEXTS) for _ in range(200)]
+    assert len("\n".join(lines)) > 4000
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    expected: list[int] = []
+    for number, line in enumerate(lines):
+        expected += (newline if number else []) + tokenizer.encode(line, add_special_tokens=False)
+    assert tokenizer.encode("\n".join(lines), add_special_tokens=False) == expected
