@@ -1,10 +1,11 @@
-"""What the HTTP path carries: streams of the null model over loopback, and how late the event loop runs meanwhile.
+"""What the HTTP path carries: streams over loopback, and how long other requests wait meanwhile.
 
-The server and the clients share the machine's cores, as a user's would. Each stream is a plain socket whose events are
-counted, not decoded, so that the client costs little; tokens are what the server's usage chunk says.
+The server, here of the null model, and the clients share the machine's cores, as a user's would. Each stream is a plain
+socket whose events are counted, not decoded, so that the client costs little; tokens are what the usage chunk says.
 
 python bench/front_end.py --streams 256 --tokens 2000
 FASTLLM_NULL_STEP_US=12000 python bench/front_end.py    # the pace of a real model: a token of each stream every 12 ms
+python bench/front_end.py --port 8000 --model NAME --prompt-tokens 128 --tokens 256    # a server that runs already
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 
 from common import percentile
 
@@ -74,16 +77,18 @@ async def probe(port: int, lags: list[float], stop: asyncio.Event) -> None:
         await asyncio.sleep(0.02)
 
 
-def cpu_seconds(pid: int) -> float:
-    """Of the process and all its threads so far; Linux."""
+def cpu_seconds(pid: int | None) -> float:
+    """Of the process and all its threads so far; Linux. Zero for a server that is not ours."""
+    if pid is None:
+        return 0.0
     with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
         fields = file.read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def load(server: int, port: int, args: argparse.Namespace) -> dict[str, float]:
+async def load(server: int | None, port: int, args: argparse.Namespace) -> dict[str, float]:
     body: dict[str, object] = {
-        "model": "null",
+        "model": args.model,
         "stream": True,
         "max_tokens": args.tokens,
         "ignore_eos": True,
@@ -92,14 +97,21 @@ async def load(server: int, port: int, args: argparse.Namespace) -> dict[str, fl
     if args.chat:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Hello there"}]
     else:
-        path, body["prompt"] = "/v1/completions", "Hello there"
-    data = request_bytes(path, body)
+        path = "/v1/completions"
+    rng = random.Random(args.seed)
+
+    def request() -> bytes:
+        if not args.chat:
+            body["prompt"] = [rng.randrange(100, 200) for _ in range(args.prompt_tokens)]
+        return request_bytes(path, body)
+
     loop = asyncio.get_running_loop()
     lags: list[float] = []
     stop = asyncio.Event()
     probing = asyncio.create_task(probe(port, lags, stop))
+    requests = [request() for _ in range(args.streams)]
     start, cpu = time.perf_counter(), cpu_seconds(server)
-    streams = [(await loop.create_connection(lambda: Stream(data), "127.0.0.1", port))[1] for _ in range(args.streams)]
+    streams = [(await loop.create_connection(partial(Stream, data), "127.0.0.1", port))[1] for data in requests]
     await asyncio.gather(*(stream.done for stream in streams))
     seconds, cpu = time.perf_counter() - start, cpu_seconds(server) - cpu
     stop.set()
@@ -140,16 +152,23 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=2000, help="of each stream")
     parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--prompt-tokens", type=int, default=16, help="of each stream, random ids; not with --chat")
+    parser.add_argument("--port", type=int, help="of a server that runs already")
+    parser.add_argument("--model", default="null", help="its model's name")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--server-args", nargs=argparse.REMAINDER, default=[], help="passed on, last")
     args = parser.parse_args()
-    server, port = start_server(["--max-num-seqs", str(args.streams), *args.server_args])
-    try:
-        runs = [asyncio.run(load(server.pid, port, args)) for _ in range(args.repeats)]
-    finally:
-        server.terminate()
-        server.communicate(timeout=60)
+    if args.port:
+        runs = [asyncio.run(load(None, args.port, args)) for _ in range(args.repeats)]
+    else:
+        server, port = start_server(["--max-num-seqs", str(args.streams), *args.server_args])
+        try:
+            runs = [asyncio.run(load(server.pid, port, args)) for _ in range(args.repeats)]
+        finally:
+            server.terminate()
+            server.communicate(timeout=60)
     for run in runs:
         print("  ".join(f"{name} {value:,.1f}" for name, value in run.items()))
     if args.json:
