@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from fastllm.errors import FastllmError, RequestError
+    from fastllm.errors import BAD_MODEL, FastllmError, LoadError, RequestError
 
     try:
         run: Callable[[argparse.Namespace], int] = args.run
@@ -67,6 +67,9 @@ def _guarded(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 1
+    except LoadError as exc:
+        print(f"fastllm {args.command}: model error: {exc}", file=sys.stderr)
+        return BAD_MODEL
     except (FastllmError, RequestError, ValueError, OSError) as exc:
         print(f"fastllm {args.command}: {exc}", file=sys.stderr)
         return 1

@@ -83,7 +83,10 @@ class EngineClient:
                 progress.update(done, total)
                 pages.update(done, total)
 
-            core = _core.Engine.create(core_config, files.spec_json, core_bindings(files), update)
+            try:
+                core = _core.Engine.create(core_config, files.spec_json, core_bindings(files), update)
+            except LoadError as error:
+                raise LoadError(f"{files.path}: {error}") from error
         progress.close()
         log.info("Loaded %s in %.1f s.", args.model, time.monotonic() - started)
         if files.quantized:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastllm.errors import LoadError
+from fastllm.loader.files import read_json
+
+log = logging.getLogger("fastllm")
 
 # generation_config.json's name of a default -> ours
 _DEFAULTS = {
@@ -35,19 +38,6 @@ class ModelConfig:
     family: str = ""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises LoadError if it is missing or not an object."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise LoadError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{path} is not a JSON object.")
-    return value
-
-
 def read_generation_config(source: str, model_path: Path) -> dict[str, Any]:
     """The generation config that `source` asks for: "auto" (the model's own), "vllm" (none), or a folder."""
     if source == "vllm":
@@ -62,8 +52,24 @@ def read_generation_config(source: str, model_path: Path) -> dict[str, Any]:
 
 
 def sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
-    """The defaults for SamplingParams in a generation config; what it leaves null is left out."""
-    return {ours: generation[theirs] for theirs, ours in _DEFAULTS.items() if generation.get(theirs) is not None}
+    """The defaults for SamplingParams in a generation config; what it leaves null is left out.
+
+    What no request could ask for is left out, too, with a warning: a model's author cannot make every request fail.
+    """
+    from fastllm.sampling import SamplingParams
+
+    defaults: dict[str, Any] = {}
+    for theirs, ours in _DEFAULTS.items():
+        value = generation.get(theirs)
+        if value is None:
+            continue
+        try:
+            SamplingParams(**{ours: value})
+        except (ValueError, TypeError) as error:
+            log.warning("Ignored %s=%.40r of the generation config: %s", theirs, value, error)
+        else:
+            defaults[ours] = value
+    return defaults
 
 
 def eos_of(generation: dict[str, Any]) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastllm.errors import InvalidArgument, LoadError
+from fastllm.errors import InvalidArgument, ResourceError
 
 if TYPE_CHECKING:
     from fastllm import _core
@@ -43,7 +43,7 @@ def is_device_name(name: str) -> bool:
 def choose_device(wanted: str, ranks: int = 1) -> Device:
     """The device for "auto", "cpu", "cuda" or "cuda:N", said in one log line; `ranks` GPUs from N on are needed.
 
-    Raises LoadError if a GPU was asked for and cannot be used, saying why.
+    Raises ResourceError if a GPU was asked for and cannot be used, saying why.
     """
     from fastllm import _core
 
@@ -64,7 +64,7 @@ def choose_device(wanted: str, ranks: int = 1) -> Device:
     if wanted == "auto":
         log.info("Device: cpu; no GPU can be used: %s.", why.rstrip("."))
         return Device()
-    raise LoadError(f"device={wanted!r} cannot be used: {why.rstrip('.')}.")
+    raise ResourceError(f"device={wanted!r} cannot be used: {why.rstrip('.')}.")
 
 
 def default_limits(device: Device, offline: bool) -> tuple[int | None, int | None]:

@@ -4,6 +4,8 @@ from fastllm._core import FastllmError, InvalidArgument, LoadError, ResourceErro
 
 __all__ = ["FastllmError", "InvalidArgument", "LoadError", "RequestError", "ResourceError"]
 
+BAD_MODEL = 2  # status of a process whose model cannot be loaded, as for other wrong arguments
+
 
 class RequestError(RuntimeError):
     """A request that the engine did not finish.

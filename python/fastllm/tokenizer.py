@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from fastllm.chat import render_chat
 from fastllm.errors import LoadError
+from fastllm.loader.files import check_file, read_json
 
 _LONG_TEXT = 2000  # characters; from here on other threads run meanwhile: only encode_batch gives up the GIL
 
@@ -170,9 +170,12 @@ def _decoder_type(backend: FastTokenizer) -> str | None:
 
 
 def _parse(file: Path) -> FastTokenizer:
+    check_file(file)
     try:
         return FastTokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers library raises bare Exceptions
+    except BaseException as error:  # the tokenizers library raises bare Exceptions, and panics beyond them
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise LoadError(f"{file} cannot be read: {error}.") from error
 
 
@@ -193,15 +196,7 @@ def _convert_with_transformers(folder: Path) -> FastTokenizer:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise LoadError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{file} is not a JSON object.")
-    return value
+    return read_json(file) if file.exists() else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -216,8 +211,13 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text("utf-8")
+        check_file(file)
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise LoadError(f"{file} is not UTF-8: {error}.") from error
     given = _read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(given, list):
-        return {t["name"]: t["template"] for t in given if isinstance(t, dict) and {"name", "template"} <= t.keys()}
+        pairs = [(t.get("name"), t.get("template")) for t in given if isinstance(t, dict)]
+        return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
     return given if isinstance(given, str) else None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tiny_models import ENGINE, FAMILIES, save_tiny_model
+from model_fixtures import llama, seed, tiny_model  # noqa: F401
+from tiny_models import ENGINE
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,14 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow; set FASTLLM_SLOW_TESTS=1 to run it"))
-
-
-@pytest.fixture
-def seed() -> int:
-    """The seed of a random test; FASTLLM_TEST_SEED repeats a run."""
-    value = int(os.environ.get("FASTLLM_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"seed {value}; repeat with FASTLLM_TEST_SEED={value}")
-    return value
 
 
 @pytest.fixture(scope="session")
@@ -59,27 +51,6 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda":
         request.getfixturevalue("gpu_count")
     return str(request.param)
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny fp32 model of a family, see tiny_models.FAMILIES."""
-    pytest.importorskip("torch", reason="needs torch as the reference")
-    pytest.importorskip("transformers", reason="needs transformers as the reference")
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("models") / name
-            save_tiny_model(FAMILIES[name], made[name])
-        return made[name]
-
-    return get
-
-
-@pytest.fixture(scope="session")
-def llama(tiny_model: Callable[[str], Path]) -> Path:
-    return tiny_model("llama")
 
 
 @pytest.fixture(scope="session")

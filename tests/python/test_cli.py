@@ -76,7 +76,7 @@ def test_chat_with_a_server_gives_its_answer(server: RunningServer) -> None:
 @pytest.mark.parametrize(
     "args, status, words",
     [
-        (["generate", "/nonexistent/model", "--prompt", "x"], 1, "/nonexistent/model"),
+        (["generate", "/nonexistent/model", "--prompt", "x"], 2, "/nonexistent/model"),
         (["generate", "null", "--prompt", "x", "--temperature", "-1"], 2, "temperature must be non-negative"),
         (["generate", "null", "--prompt", "x", "--temperature", "hot"], 2, "--temperature"),
         (["generate", "null", "--prompt", "x" * 5000], 1, "maximum context length"),
@@ -84,7 +84,7 @@ def test_chat_with_a_server_gives_its_answer(server: RunningServer) -> None:
         (["chat"], 2, "name a MODEL to load, or give the --url"),
         (["chat", "--url", "ftp://x"], 1, "must begin with http"),
         (["chat", "--url", "http://127.0.0.1:9"], 1, "cannot be reached"),
-        (["export", "/nonexistent/model", "/tmp/unused-bundle"], 1, "/nonexistent/model"),
+        (["export", "/nonexistent/model", "/tmp/unused-bundle"], 2, "/nonexistent/model"),
         (["serve", "null", "--port", "99999"], 2, "0 to 65535"),
         (["serve", "null", "--ssl-keyfile", "x"], 2, "go together"),
         (["serve", "null", "--no-such-flag"], 2, "--no-such-flag"),

@@ -13,7 +13,7 @@ import pytest
 from fastllm import EngineArgs, _core
 from fastllm import device as device_module
 from fastllm.device import Device, choose_device, default_limits, find_nvidia_libraries, memory_line
-from fastllm.errors import LoadError
+from fastllm.errors import ResourceError
 
 GIB = 2**30
 H100 = Device("cuda:0", 79 * GIB)
@@ -62,12 +62,12 @@ def test_nothing_is_probed_on_a_cpu(wanted: str, gpus, monkeypatch: pytest.Monke
 
 def test_a_gpu_that_was_asked_for_must_be_there(gpus) -> None:
     gpus(0, "the driver is too old.")
-    with pytest.raises(LoadError, match="device='cuda' cannot be used: the driver is too old.$"):
+    with pytest.raises(ResourceError, match="device='cuda' cannot be used: the driver is too old.$"):
         choose_device("cuda")
     gpus(1)
-    with pytest.raises(LoadError, match=r"2 GPU\(s\) from number 0 on are wanted, 1 can be used"):
+    with pytest.raises(ResourceError, match=r"2 GPU\(s\) from number 0 on are wanted, 1 can be used"):
         choose_device("cuda", ranks=2)
-    with pytest.raises(LoadError, match="from number 3 on"):
+    with pytest.raises(ResourceError, match="from number 3 on"):
         choose_device("cuda:3")
 
 

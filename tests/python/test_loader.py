@@ -43,7 +43,7 @@ def spec_of(config: dict[str, Any]) -> Any:
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported. Supported are: LlamaForCausalLM"),
         ({"architectures": "Llama"}, "architectures must be a list"),
         ({"architectures": None, "model_type": "t5"}, "model_type 't5' is not supported"),
-        ({"hidden_size": "64"}, "hidden_size must be a whole number of at least 1, got '64'"),
+        ({"hidden_size": "64"}, "hidden_size must be a whole number from 1 to 1048576, got '64'"),
         ({"hidden_size": None}, "hidden_size must be a whole number"),
         ({"num_hidden_layers": -1}, "num_hidden_layers must be"),
         ({"num_attention_heads": 0}, "num_attention_heads must be"),

@@ -336,5 +336,5 @@ def test_start_prints_what_an_operator_needs() -> None:
 def test_model_that_cannot_be_loaded_ends_with_a_sentence() -> None:
     command = [sys.executable, "-m", "fastllm.server", "--model", "/nonexistent/model", "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "/nonexistent/model" in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "model error: There is no model at /nonexistent/model" in done.stderr

@@ -19,6 +19,14 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 
+# What would take memory before a weight is looked for, far beyond any model.
+_LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), 4096),
+    **dict.fromkeys(("hidden_size", "n_embd"), 1 << 20),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "head_dim"), 1 << 16),
+    "vocab_size": 1 << 24,
+}
+
 
 class HfConfig:
     """A Hugging Face config.json, read with types and bounds: a wrong value is a LoadError that names it."""
@@ -35,8 +43,11 @@ class HfConfig:
 
     def size(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < 2**31:
-            raise LoadError(f"{self.where}: {key} must be a whole number of at least {minimum}, got {value!r}.")
+        maximum = _LARGEST.get(key, 2**31 - 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise LoadError(
+                f"{self.where}: {key} must be a whole number from {minimum} to {maximum}, got {value!r:.40}."
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastllm.errors import LoadError
-from fastllm.loader.tensors import FileTensor, map_file
+from fastllm.loader.files import map_file
+from fastllm.loader.tensors import FileTensor
 
 # ggml's number of a tensor type -> our name, elements per block, bytes per block
 _TYPES = {
@@ -107,10 +108,14 @@ def read_gguf(path: Path) -> GgufFile:
         raise LoadError(f"{path} has the alignment {alignment!r}; it must be between 1 and 1048576.")
     data = view[min(len(view), -(-cursor.at // alignment) * alignment) :]
     tensors: dict[str, FileTensor] = {}
+    at = 0  # where the next tensor begins
     for name, shape, kind, offset in infos:
         if name in tensors:
             raise LoadError(f"{path} has the tensor {name!r} twice.")
-        tensors[name] = _tensor(path, name, shape, kind, offset, data)
+        if offset != at:
+            raise LoadError(f"{path}: tensor {name!r} begins at byte {offset} of the data instead of {at}.")
+        tensors[name] = tensor = _tensor(path, name, shape, kind, offset, data)
+        at = -(-(offset + len(tensor.data)) // alignment) * alignment
     return GgufFile(path, metadata, tensors)
 
 

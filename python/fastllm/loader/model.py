@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastllm.config import eos_of, read_generation_config, read_json
+from fastllm.config import eos_of, read_generation_config
 from fastllm.engine_args import EngineArgs
 from fastllm.errors import LoadError
 from fastllm.families import HfConfig, family_of
 from fastllm.loader.bind import Binding, bind_weights
+from fastllm.loader.files import read_json
 from fastllm.loader.gguf import read_gguf
 from fastllm.loader.gguf_model import gguf_config, gguf_tensors
 from fastllm.loader.gguf_tokenizer import gguf_tokenizer, special_token
@@ -114,7 +115,7 @@ def _open_gguf(path: Path, args: EngineArgs) -> ModelFiles:
             {name: token for name, token in named.items() if token is not None},
             template if isinstance(template, str) else None,
         )
-    return _finished(path.parent, spec, tokenizer, bindings, args)
+    return _finished(path.parent, spec, tokenizer, bindings, args, where=path)
 
 
 _GGUF_SPECIALS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
@@ -139,8 +140,21 @@ def _external_tokenizer(args: EngineArgs) -> Tokenizer | None:
 
 
 def _finished(
-    path: Path, spec: ModelSpec, tokenizer: Tokenizer, bindings: list[Binding], args: EngineArgs
+    path: Path,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    bindings: list[Binding],
+    args: EngineArgs,
+    where: Path | None = None,
 ) -> ModelFiles:
+    words, rows = tokenizer.backend.get_vocab_size(with_added_tokens=False), spec.embed.vocab
+    if words > rows:
+        raise LoadError(
+            f"{where or path}: the tokenizer has {words} tokens, but the model's embedding only {rows} rows: they do "
+            "not belong together."
+        )
+    if tokenizer.vocab_size > rows:
+        log.warning("Tokens %d and up of the tokenizer have no row in the model's embedding.", rows)
     # End tokens are a fact of the model, not a sampling default: they count even if the other defaults are refused.
     own = read_generation_config("auto", path)
     spec.eos = list(dict.fromkeys([*spec.eos, *eos_of(own), *_eos_of(tokenizer)]))

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastllm.config import read_json
 from fastllm.errors import LoadError
 from fastllm.families import HfConfig
 from fastllm.loader.compressed_tensors import compressed_tensors_schemes
+from fastllm.loader.files import read_json
 from fastllm.loader.scheme import Scheme, group_size
 from fastllm.loader.tensors import FileTensor, Packing
 
@@ -190,6 +190,7 @@ def _gptq(config: HfConfig) -> SchemeOf:
         ordered = own.flag("desc_act") and group != 0
         return Scheme("gptq", bits, group, has_zeros=True, has_order=ordered, zeros_less_one=form == "gptq")
 
+    scheme_of("")  # what holds without rules must be in order, whether or not a module follows it
     return scheme_of
 
 

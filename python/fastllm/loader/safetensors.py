@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fastllm.errors import LoadError
-from fastllm.loader.tensors import FileTensor, map_file
+from fastllm.loader.files import json_object, map_file, read_json
+from fastllm.loader.tensors import FileTensor
 
 _ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "I32": 4, "I64": 8}
 _MAX_HEADER = 100 << 20  # bytes, the limit of the reference implementation
+_MAX_TENSORS = 100_000
+_MAX_FILE_NAME = 255
 _INDEX = "model.safetensors.index.json"
 
 
@@ -25,10 +27,35 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
             f"{path} is not a safetensors file or is truncated: it announces a header of {header_len} bytes "
             f"and has {len(view)}."
         )
-    header = _json_object(bytes(view[8 : 8 + header_len]), f"the header of {path}")
+    text = bytes(view[8 : 8 + header_len])
+    if text[:1] != b"{":
+        raise LoadError(f"{path} is not a safetensors file: its header does not start with '{{'.")
+    if text.count(b'"data_offsets"') > _MAX_TENSORS:  # before they take their place in memory
+        raise LoadError(f"{path} names more than {_MAX_TENSORS} tensors.")
+    header = json_object(text, f"the header of {path}", unique_keys=True)
     data = view[8 + header_len :]
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return {name: _tensor(path, name, entry, data) for name, entry in entries.items()}
+    spans: list[tuple[int, int, str]] = []
+    tensors: dict[str, FileTensor] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = _span(path, name, entry, len(data))
+            tensors[name] = _tensor(path, name, entry, data[begin:end])
+            spans.append((begin, end, name))
+    _check_cover(path, sorted(spans), len(data))
+    return tensors
+
+
+def _check_cover(path: Path, spans: list[tuple[int, int, str]], size: int) -> None:
+    """Every byte of the data belongs to one tensor; anything else was not written by a tool that knows the format."""
+    at = 0
+    for begin, end, name in spans:
+        if begin < at:
+            raise LoadError(f"{path}: tensor {name!r} overlaps another: it begins at byte {begin}, before {at}.")
+        if begin > at:
+            raise LoadError(f"{path}: bytes {at} to {begin} before tensor {name!r} belong to no tensor.")
+        at = end
+    if at != size:
+        raise LoadError(f"{path}: the last {size - at} bytes belong to no tensor.")
 
 
 def read_folder(folder: Path) -> dict[str, FileTensor]:
@@ -48,14 +75,14 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
 
 
 def _read_shards(folder: Path) -> dict[str, FileTensor]:
-    index = _json_object((folder / _INDEX).read_bytes(), str(folder / _INDEX))
+    index = read_json(folder / _INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise LoadError(f"{folder / _INDEX} has no weight_map from tensor names to file names.")
     tensors: dict[str, FileTensor] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise LoadError(f"{folder / _INDEX} names the shard {file!r}, which is not a plain file name.")
+        if not file or Path(file).name != file or len(file) > _MAX_FILE_NAME:
+            raise LoadError(f"{folder / _INDEX} names the shard {file[:80]!r}, which is not a plain file name.")
         if not (folder / file).is_file():
             raise LoadError(f"{folder} lacks the shard {file} that its index names; is the download complete?")
         for name, tensor in read_safetensors(folder / file).items():
@@ -68,41 +95,34 @@ def _read_shards(folder: Path) -> dict[str, FileTensor]:
     return tensors
 
 
-def _json_object(text: bytes, what: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise LoadError(f"{what} names the same key twice.")
-        return result
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise LoadError(f"{what} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{what} is not a JSON object.")
-    return value
-
-
-def _tensor(path: Path, name: str, entry: Any, data: memoryview) -> FileTensor:
+def _span(path: Path, name: str, entry: Any, size: int) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end in the data."""
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict):
         raise LoadError(f"{where} has no description.")
-    dtype, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
-    if shape is None or offsets is None or len(offsets) != 2 or len(shape) > 8:
-        raise LoadError(f"{where} has a malformed shape or data_offsets.")
+    offsets = _sizes(entry.get("data_offsets"))
+    if offsets is None or len(offsets) != 2:
+        raise LoadError(f"{where} has malformed data_offsets.")
     begin, end = offsets
-    if not begin <= end <= len(data):
-        raise LoadError(f"{where} spans bytes {begin} to {end}, but the file has {len(data)}; is it truncated?")
+    if not begin <= end <= size:
+        raise LoadError(f"{where} spans bytes {begin} to {end}, but the file has {size}; is it truncated?")
+    return begin, end
+
+
+def _tensor(path: Path, name: str, entry: dict[str, Any], data: memoryview) -> FileTensor:
+    where = f"{path}: tensor {name!r}"
+    dtype, shape = entry.get("dtype"), _sizes(entry.get("shape"))
+    if shape is None or len(shape) > 8:
+        raise LoadError(f"{where} has a malformed shape.")
     size = _ELEMENT_BYTES.get(dtype) if isinstance(dtype, str) else None
     if size is None:
         # Reported only if a weight needs it: buffers such as masks are often stored in other types.
-        return FileTensor(name, str(dtype), tuple(shape), data[begin:end])
+        return FileTensor(name, str(dtype), tuple(shape), data)
     for extent in shape:
         size *= extent
-    if size != end - begin:
-        raise LoadError(f"{where} of type {dtype} and shape {shape} takes {size} bytes, but {end - begin} are given.")
-    return FileTensor(name, str(dtype), tuple(shape), data[begin:end])
+    if size != len(data):
+        raise LoadError(f"{where} of type {dtype} and shape {shape} takes {size} bytes, but {len(data)} are given.")
+    return FileTensor(name, str(dtype), tuple(shape), data)
 
 
 def _sizes(value: Any) -> list[int] | None:

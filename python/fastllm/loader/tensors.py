@@ -5,9 +5,6 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-from fastllm.errors import LoadError
 
 
 @dataclass(frozen=True)
@@ -37,17 +34,6 @@ class Packing:
     zeros: FileTensor | None = None
     group_of: FileTensor | None = None  # of each column
     zeros_less_one: bool = False
-
-
-def map_file(path: Path) -> memoryview:
-    """The whole file, read-only, mapped; the mapping lives as long as a view of it."""
-    try:
-        with path.open("rb") as file:
-            if path.stat().st_size == 0:
-                raise LoadError(f"{path} is empty.")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except OSError as error:
-        raise LoadError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 class PageRelease:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastllm.config import read_json
 from fastllm.errors import LoadError
 from fastllm.families import HfConfig
+from fastllm.loader.files import read_json
 from fastllm.loader.hub import resolve_model
 from fastllm.loader.quantized import quantization_of
 from fastllm.loader.safetensors import read_folder

@@ -23,7 +23,10 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "fastllm serve", positional_model: bool = False) -> int:
-    """Serves until SIGTERM or Ctrl-C. Returns 0 after a clean stop, 1 if the model cannot be loaded."""
+    """Serves until SIGTERM or Ctrl-C.
+
+    Returns 0 after a clean stop, 2 for a model that cannot be loaded, 1 for other faults.
+    """
     try:
         parser = make_parser(prog, positional_model=positional_model)
         args = parser.parse_args(argv)
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "fastllm serve", posi
 
 def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from fastllm.engine_args import EngineArgs
-    from fastllm.errors import FastllmError
+    from fastllm.errors import BAD_MODEL, FastllmError, LoadError
     from fastllm.server.app import STOPPED_AT_ONCE, Server
     from fastllm.server.state import ServerState
 
@@ -72,6 +75,9 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
     try:
         status = asyncio.run(serve())
+    except LoadError as exc:
+        print(f"model error: {exc}", file=sys.stderr)
+        status = BAD_MODEL
     except (FastllmError, ValueError, OSError) as exc:
         print(f"fastllm: {exc}", file=sys.stderr)
         status = 1
