@@ -52,18 +52,18 @@ class Reply:
 class RunningServer:
     """Owns a thread with an event loop; every method may be called from the test's thread."""
 
-    def __init__(self, load: Callable[[], AsyncLLM], **state: Any) -> None:
+    def __init__(self, load: Callable[[], AsyncLLM], *, root_path: str = "", **state: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.state: ServerState = None  # type: ignore[assignment]
         self.server: Server = None  # type: ignore[assignment]
-        self.port = self.run(self._start(load, state))
+        self.port = self.run(self._start(load, root_path, state))
         self.url = f"http://127.0.0.1:{self.port}"
 
-    async def _start(self, load: Callable[[], AsyncLLM], state: dict[str, Any]) -> int:
+    async def _start(self, load: Callable[[], AsyncLLM], root_path: str, state: dict[str, Any]) -> int:
         self.state = ServerState(**state)
-        self.server = Server(self.state, load)
+        self.server = Server(self.state, load, root_path=root_path)
         return await self.server.listen("127.0.0.1", 0)
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float = 60.0) -> T:

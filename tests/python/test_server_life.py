@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 
 from fastllm.async_llm import AsyncLLM
+from fastllm.server.console.routes import PATHS as CONSOLE_PATHS
 from fastllm.server.limits import Limits
 from server_fixtures import CONTEXT, Reply, RunningServer, ask, load_null, running_server, wait_until
 
@@ -152,13 +153,13 @@ def test_request_that_waits_too_long_is_a_503() -> None:
         server.check_alive()
 
 
-def test_keys_protect_everything_but_the_probes() -> None:
+def test_keys_protect_everything_but_probes_and_console() -> None:
     with running_server(api_keys=["first", "second"]) as server:
         for path in ("/live", "/health", "/ready"):
             assert server.ask("GET", path).status == 200
         for resource in server.server._runner.app.router.resources():
             path = resource.canonical.replace("{model}", "null")
-            if path not in ("/live", "/health", "/ready"):
+            if path not in ("/live", "/health", "/ready", *CONSOLE_PATHS):
                 assert server.ask("GET", path).status == 401, path
         assert server.ask("GET", "/nope").status == 401
         error = server.complete()

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from fastllm.server import chat, completions, info
+from fastllm.server.auth import ROOT_PATH
 from fastllm.server.connection import Runner
+from fastllm.server.console.routes import add_console
 from fastllm.server.middleware import current_request_id, outermost
 from fastllm.server.state import STATE_KEY, ServerState
 
@@ -36,12 +38,16 @@ async def _add_request_id(request: web.Request, response: web.StreamResponse) ->
     response.headers["Server"] = "fastllm"
 
 
-def create_app(state: ServerState, root_path: str = "") -> web.Application:
+def create_app(state: ServerState, root_path: str = "", *, console: bool = True) -> web.Application:
     """Every route of the server, under `root_path` too where one is given."""
     app = web.Application(middlewares=[outermost], client_max_size=state.limits.max_body_bytes)
     app[STATE_KEY] = state
     app.on_response_prepare.append(_add_request_id)
-    for prefix in dict.fromkeys(("", root_path.rstrip("/"))):
+    app[ROOT_PATH] = root_path.rstrip("/")
+    prefixes = list(dict.fromkeys(("", app[ROOT_PATH])))
+    if console:
+        add_console(app, prefixes)
+    for prefix in prefixes:
         app.router.add_post(f"{prefix}/v1/completions", completions.handle)
         app.router.add_post(f"{prefix}/v1/chat/completions", chat.handle)
         app.router.add_get(f"{prefix}/v1/models", info.models)
@@ -62,11 +68,13 @@ def create_app(state: ServerState, root_path: str = "") -> web.Application:
 class Server:
     """One listening socket and one engine. All methods belong to the event loop it was made in."""
 
-    def __init__(self, state: ServerState, load: Callable[[], AsyncLLM], *, root_path: str = "") -> None:
+    def __init__(
+        self, state: ServerState, load: Callable[[], AsyncLLM], *, root_path: str = "", console: bool = True
+    ) -> None:
         self.state = state
         self._load = load
         self._runner = Runner(
-            create_app(state, root_path),
+            create_app(state, root_path, console=console),
             handler_cancellation=True,  # a client that goes away aborts its request
             access_log=None,
             auto_decompress=False,  # a small body could become gigabytes, on the event loop

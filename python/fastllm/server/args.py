@@ -49,6 +49,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="key that requests must carry; repeatable; FASTLLM_API_KEY adds one without showing it in `ps`",
     )
+    api.add_argument("--disable-console", dest="console", action="store_false", help="no page for browsers at /")
     api.add_argument("--response-role", default="assistant", metavar="ROLE", help="role of chat answers")
     limits = parser.add_argument_group("limits", "What one request, or all of them together, may ask for.")
     defaults = {field.name: field.default for field in fields(Limits)}

@@ -8,10 +8,12 @@ from collections.abc import Iterable
 
 from aiohttp import web
 
+from fastllm.server.console.routes import PATHS as CONSOLE_PATHS
 from fastllm.server.errors import ApiError
 
-# Answered without a key: what a load balancer asks.
-OPEN_PATHS = frozenset({"/live", "/health", "/ready"})
+# Answered without a key: what a load balancer asks, and a page that asks for the key itself.
+OPEN_PATHS = frozenset({"/live", "/health", "/ready", *CONSOLE_PATHS})
+ROOT_PATH: web.AppKey[str] = web.AppKey("root_path", str)  # a prefix that every path may have; "" for none
 
 
 class ApiKeys:
@@ -23,7 +25,7 @@ class ApiKeys:
 
     def check(self, request: web.Request) -> None:
         """Raises a 401 unless no key is set, the path is open or the request carries a valid one."""
-        if not self._digests or request.path in OPEN_PATHS:
+        if not self._digests or request.path.removeprefix(request.app[ROOT_PATH]) in OPEN_PATHS:
             return
         header = request.headers.get("Authorization", "")
         scheme, _, token = header.partition(" ")

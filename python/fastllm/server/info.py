@@ -93,19 +93,22 @@ async def version(request: web.Request) -> web.Response:
 
 
 async def stats(request: web.Request) -> web.Response:
+    """`engine` is null until the model is loaded."""
     state = request.app[STATE_KEY]
-    engine = state.llm.stats()
-    names = [name for name in dir(engine) if not name.startswith("_")]
-    values = {name: getattr(engine, name) for name in names}
     return _json(
         {
             "phase": state.phase.value,
             "uptime_s": round(time.monotonic() - state.started, 3),
             "active_requests": state.active_requests,
             "active_sequences": state.active_sequences,
-            "engine": {name: value for name, value in values.items() if isinstance(value, (int, float, bool))},
+            "engine": _numbers(state.llm.stats()) if state.loaded else None,
         }
     )
+
+
+def _numbers(snapshot: object) -> dict[str, int | float | bool]:
+    values = {name: getattr(snapshot, name) for name in dir(snapshot) if not name.startswith("_")}
+    return {name: value for name, value in values.items() if isinstance(value, (int, float, bool))}
 
 
 async def tokenize(request: web.Request) -> web.Response:

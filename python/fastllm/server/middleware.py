@@ -21,7 +21,7 @@ logger = logging.getLogger("fastllm.server")
 _request_id: ContextVar[str] = ContextVar("request_id")
 _VALID_ID = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
 # Asked every second by probes and scrapers: not worth a line each.
-_QUIET_PATHS = frozenset({"/live", "/health", "/ready", "/ping", "/metrics"})
+_QUIET_PATHS = frozenset({"/live", "/health", "/ready", "/ping", "/metrics", "/stats"})
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -70,7 +70,7 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
             response_role=args.response_role,
             log_requests=args.log_requests,
         )
-        server = Server(state, load, root_path=args.root_path)
+        server = Server(state, load, root_path=args.root_path, console=args.console)
         return await _serve(args, state, server, context)
 
     try:
