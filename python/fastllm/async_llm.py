@@ -78,9 +78,15 @@ class AsyncLLM:
         self._continuing = False  # the rest of a poll is scheduled
 
     @classmethod
-    def from_engine_args(cls, args: EngineArgs, *, usage_context: Any = None) -> AsyncLLM:
-        """Loads the model; blocks. Raises LoadError or ValueError with a sentence."""
-        return cls(EngineClient.load(args))
+    def from_engine_args(
+        cls,
+        args: EngineArgs,
+        *,
+        usage_context: Any = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> AsyncLLM:
+        """Loads the model; blocks. Raises LoadError or ValueError with a sentence. on_progress as in EngineClient."""
+        return cls(EngineClient.load(args, on_progress=on_progress))
 
     @property
     def tokenizer(self) -> Tokenizer:

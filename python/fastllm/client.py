@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -56,10 +56,17 @@ class EngineClient:
         self._by_name: dict[str, RequestState] = {}
 
     @classmethod
-    def load(cls, args: EngineArgs, *, offline: bool = False) -> EngineClient:
+    def load(
+        cls,
+        args: EngineArgs,
+        *,
+        offline: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> EngineClient:
         """Loads the model and starts the engine. Raises LoadError or InvalidArgument with a sentence.
 
-        offline: limits that were not chosen favour the throughput of batches.
+        offline: limits that were not chosen favour the throughput of batches. on_progress(done, total): called with the
+        bytes of weights that are in place.
         """
         if args.model == "null" or args.load_format == "null":
             return cls._load_null(args)
@@ -73,7 +80,7 @@ class EngineClient:
         stays_compressed = core_config.device == "cpu" and core_config.quantization == "auto"
         if stays_compressed:
             _log_block_formats(files)
-        progress = Progress("Loading weights", 0, "B")
+        progress = Progress("Loading weights", 0, "B", listener=on_progress)
         if files.is_bundle:
             core = _core.Engine.open(core_config, str(files.path), progress.update)
         else:

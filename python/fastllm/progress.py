@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 _BAR_WIDTH = 30  # characters
@@ -12,14 +13,26 @@ _LINE_EVERY_S = 10.0  # without a terminal
 
 
 class Progress:
-    """Counts up to a total. unit: "B" is shown as MiB, anything else as it is. One thread at a time."""
+    """Counts up to a total. unit: "B" is shown as MiB, anything else as it is. One thread at a time.
 
-    def __init__(self, title: str, total: int, unit: str, *, stream: TextIO | None = None) -> None:
+    listener(done, total) is told of every update.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        unit: str,
+        *,
+        stream: TextIO | None = None,
+        listener: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.title = title
         self.total = total
         self.unit = unit
         self.done = 0
         self.note = ""
+        self._listener = listener
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._start = time.monotonic()
@@ -29,6 +42,8 @@ class Progress:
         self.done = done
         self.total = self.total if total is None else total
         self.note = note
+        if self._listener is not None:
+            self._listener(self.done, self.total)
         now = time.monotonic()
         interval = _REDRAW_S if self._terminal else _LINE_EVERY_S
         if now - max(self._shown_at, 0.0 if self._terminal else self._start) >= interval:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fastllm.server.console.routes as routes
+from fastllm.async_llm import AsyncLLM
+from fastllm.engine_args import EngineArgs
 from fastllm.server.app import create_app
 from fastllm.server.args import make_parser
 from fastllm.server.state import ServerState
 from server_fixtures import RunningServer, load_null, running_server
+from tiny_models import ENGINE
 
 FOLDER = Path(routes.__file__).parent
 FILES = {name: (FOLDER / name).read_text() for name in routes.PATHS.values()}
@@ -77,8 +81,22 @@ def test_a_prefix_and_the_flag_that_turns_it_off() -> None:
 
 
 def test_stats_tell_the_phase_while_the_model_loads(server: RunningServer) -> None:
-    stats = server.ask("GET", "/stats", headers={"Authorization": "Bearer secret"}).json
-    assert stats["phase"] == "loading" and stats["engine"] is None and stats["uptime_s"] >= 0
+    def stats() -> Any:
+        return server.ask("GET", "/stats", headers={"Authorization": "Bearer secret"}).json
+
+    assert stats()["phase"] == "loading" and stats()["engine"] is None and stats()["uptime_s"] >= 0
+    assert stats()["load_progress"] is None
+    server.state.on_load_progress(1, 4)
+    assert stats()["load_progress"] == 0.25
+
+
+def test_loading_reports_bytes_up_to_the_last(llama: Path) -> None:
+    reports: list[tuple[int, int]] = []
+    engine = EngineArgs(str(llama), **ENGINE)
+    llm = AsyncLLM.from_engine_args(engine, on_progress=lambda done, total: reports.append((done, total)))
+    llm.shutdown()
+    done, total = zip(*reports, strict=True)
+    assert sorted(done) == list(done) and done[-1] == total[-1] > 0 and len(set(total)) == 1
 
 
 def test_every_asset_is_listed_and_referenced() -> None:

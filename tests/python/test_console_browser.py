@@ -280,6 +280,8 @@ def test_loading_draining_and_gone(open_tab: Callable[..., Page]) -> None:
         page = open_tab(server)
         expect(page.locator("#status")).to_have_text(re.compile(r"^\s*Loading \d+ s\s*$"))
         expect(page.locator("#notice")).to_contain_text("The model is loading")
+        server.state.on_load_progress(3, 8)
+        expect(page.locator("#status")).to_have_text(re.compile(r"^\s*Loading 37 %, \d+ s\s*$"))
         page.get_by_label("Message", exact=True).fill("Early")
         expect(page.get_by_role("button", name="Send")).to_be_disabled()
         page.keyboard.press("Control+Enter")

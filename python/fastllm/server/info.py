@@ -99,6 +99,7 @@ async def stats(request: web.Request) -> web.Response:
         {
             "phase": state.phase.value,
             "uptime_s": round(time.monotonic() - state.started, 3),
+            "load_progress": state.load_progress,
             "active_requests": state.active_requests,
             "active_sequences": state.active_sequences,
             "engine": _numbers(state.llm.stats()) if state.loaded else None,

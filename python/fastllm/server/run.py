@@ -10,6 +10,7 @@ import ssl
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastllm.server.args import limits_from, make_parser
@@ -54,10 +55,10 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     except ValueError as exc:
         parser.error(str(exc))
 
-    def load() -> AsyncLLM:
+    def load(state: ServerState) -> AsyncLLM:
         from fastllm.async_llm import AsyncLLM
 
-        return AsyncLLM.from_engine_args(engine_args)
+        return AsyncLLM.from_engine_args(engine_args, on_progress=state.on_load_progress)
 
     server: Server | None = None
 
@@ -70,7 +71,7 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
             response_role=args.response_role,
             log_requests=args.log_requests,
         )
-        server = Server(state, load, root_path=args.root_path, console=args.console)
+        server = Server(state, partial(load, state), root_path=args.root_path, console=args.console)
         return await _serve(args, state, server, context)
 
     try:

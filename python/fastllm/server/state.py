@@ -43,6 +43,7 @@ class ServerState:
         self.response_role = response_role
         self.log_requests = log_requests
         self.phase = Phase.LOADING
+        self.load_progress: float | None = None  # 0 to 1 of the weights' bytes; written by the loading thread
         self.started = time.monotonic()
         self.created = int(time.time())
         self.metrics: Metrics | None = None
@@ -62,6 +63,9 @@ class ServerState:
         self.metrics = Metrics(llm)
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
+
+    def on_load_progress(self, done: int, total: int) -> None:
+        self.load_progress = done / total if total else None
 
     def begin_drain(self) -> None:
         self.phase = Phase.DRAINING

@@ -41,16 +41,20 @@ const settings = new Settings(api, {
 const chat = new Chat(api, settings, { model: () => modelSelect.value, onChange: showChat });
 const monitor = new Monitor(api, { onPhase: showPhase, onReading: (reading) => gauges.show(reading) });
 
-function showPhase(next, uptime) {
+function showPhase(next, stats) {
   const [word, sentence] = PHASES[next] ?? [next, ""];
-  byId("status-time").textContent = next === "loading" && uptime !== null ? ` ${Math.round(uptime)} s` : "";
+  const share = stats?.load_progress == null ? "" : `${Math.floor(stats.load_progress * 100)} %, `;
+  byId("status-time").textContent = next === "loading" && stats ? ` ${share}${Math.round(stats.uptime_s)} s` : "";
   if (next !== phase) {
     byId("status").dataset.phase = next;
     byId("status-text").textContent = word;
     byId("notice").textContent = sentence;
     byId("notice").hidden = !sentence;
     settings.showKeyProblem(next === "locked");
-    if (next !== "ready" && next !== "draining") gauges.clear();
+    if (next !== "ready" && next !== "draining") {
+      gauges.clear();
+      modelsKnown = false; // what answers next may be another server
+    }
     phase = next;
     showChat();
   }

@@ -39,6 +39,7 @@ export class Gauges {
     const { running, waiting, usedBlocks, totalBlocks, cachedBlocks, tokensPerSecond, totalTokens } = reading;
     this.running.show(formatNumber(running), running === 1 ? "sequence" : "sequences", running);
     this.waiting.show(formatNumber(waiting), waiting === 1 ? "sequence" : "sequences", waiting);
+    this.waiting.note.title = reading.waitingReason ?? "";
     const share = totalBlocks ? usedBlocks / totalBlocks : 0;
     const percent = share > 0 && share < 0.1 ? (share * 100).toFixed(1) : String(Math.round(share * 100));
     this.kv.show(`${percent} %`, `${formatNumber(usedBlocks)} of ${count(totalBlocks, "block")}`, share);

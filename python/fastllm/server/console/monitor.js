@@ -11,7 +11,7 @@ const LATENCIES = {
 
 /**
  * phase: "connecting", "loading", "ready", "draining", "unhealthy", "unreachable" or "locked" (it wants a key).
- * onPhase(phase, uptime in seconds or null) is called at every look, onReading(reading) whenever there are figures.
+ * onPhase(phase, /stats or null) is called at every look, onReading(reading) whenever there are figures.
  */
 export class Monitor {
   #api;
@@ -45,11 +45,10 @@ export class Monitor {
   async #look() {
     const key = this.#api.key;
     let phase;
-    let uptime = null;
+    let stats = null;
     try {
-      const stats = await this.#api.json("stats");
+      stats = await this.#api.json("stats");
       phase = stats.engine && !stats.engine.healthy ? "unhealthy" : stats.phase;
-      uptime = stats.uptime_s;
       if (stats.engine) {
         if (this.#looks++ % 2 === 0) await this.#readLatencies();
         this.#onReading({ ...this.#figures(stats), ...this.#percentiles });
@@ -58,17 +57,19 @@ export class Monitor {
       if (error.status === 401) phase = key === this.#api.key ? "locked" : "connecting";
       else phase = error.status ? await this.#api.phase().catch(() => "unreachable") : "unreachable";
     }
-    this.#onPhase(phase, uptime);
+    this.#onPhase(phase, stats);
     return phase;
   }
 
-  #figures({ uptime_s: uptime, engine }) {
+  #figures({ uptime_s: uptime, engine, queued_sequences: queued, waiting_reason: reason }) {
     const last = this.#last;
     this.#last = { uptime, tokens: engine.generated_tokens };
     const elapsed = last ? uptime - last.uptime : 0; // negative after a restart
     return {
       running: engine.num_running,
-      waiting: engine.num_waiting + engine.num_swapped,
+      // Before the engine, where the server queues; in it; and put aside by it.
+      waiting: (queued ?? 0) + engine.num_waiting + engine.num_swapped,
+      waitingReason: reason ?? null,
       usedBlocks: engine.used_blocks,
       cachedBlocks: engine.cached_blocks,
       totalBlocks: engine.total_blocks,

@@ -55,7 +55,7 @@ export class UserTurn extends Turn {
       "form",
       { on: { submit: send } },
       area,
-      el("div", { class: "row" }, el("button", { type: "submit", class: "primary" }, "Send again"), cancel),
+      el("div", { class: "row start" }, el("button", { type: "submit", class: "primary" }, "Send again"), cancel),
     );
     form.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send(event);
@@ -140,7 +140,7 @@ export class AnswerTurn extends Turn {
   restore({ text, reasoning, failed, note }) {
     Object.assign(this, { text, reasoning, failed });
     this.#finish("");
-    this.#meta.textContent = note;
+    this.#note(note);
   }
 
   #finish(words) {
@@ -150,8 +150,13 @@ export class AnswerTurn extends Turn {
     this.actions.hidden = false;
     this.#copy.hidden = !this.text;
     this.#paint();
-    this.#meta.textContent = [...this.#figures(), words].filter(Boolean).join(" · ");
     if (!this.text && !this.failed && !this.reasoning) this.prose.replaceChildren(el("p", { class: "empty" }, "No text"));
+    this.#note([...this.#figures(), words].filter(Boolean).join(" · "));
+  }
+
+  #note(text) {
+    this.#meta.textContent = text;
+    this.root.dispatchEvent(new CustomEvent("grow", { bubbles: true }));
   }
 
   /** At most one paint a frame, and never more than an eighth of the time: a fast model writes faster than we draw. */
@@ -163,7 +168,7 @@ export class AnswerTurn extends Turn {
       return;
     }
     this.#paint();
-    this.#meta.textContent = this.#figures().join(" · ");
+    this.#note(this.#figures().join(" · "));
     this.#nextPaint = start + 8 * (performance.now() - start);
   }
 
@@ -174,7 +179,6 @@ export class AnswerTurn extends Turn {
     }
     if (this.#thinking) this.#thinking.textContent = this.reasoning;
     this.#view.show(this.text);
-    this.root.dispatchEvent(new CustomEvent("grow", { bubbles: true }));
   }
 
   #figures() {
