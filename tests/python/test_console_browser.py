@@ -207,6 +207,8 @@ def test_failures_are_told_in_words(page: Page) -> None:
         expect(page.get_by_role("alert")).to_contain_text(title)
         expect(page.get_by_role("alert")).to_contain_text(sentence)
         expect(page.get_by_role("button", name="Send")).to_be_visible()
+        page.reload()
+        expect(page.get_by_role("alert")).to_contain_text(sentence)
         requests = script_answers(page, stream("fine"))
         say(page, "And now?")
         expect(answers(page).last.locator(".prose")).to_have_text("fine")
@@ -262,7 +264,11 @@ def test_copy_edit_regenerate_and_clear(open_tab: Callable[..., Page]) -> None:
     page.get_by_role("button", name="Copy code").click()
     expect(page.get_by_role("button", name="Copy code")).to_have_text("Copied")
     assert page.evaluate("navigator.clipboard.readText()") == "four"
+    page.unroute("**/v1/chat/completions")
+    say(page, "Never end")
+    expect(page.get_by_role("log")).to_have_attribute("aria-busy", "true")
     page.get_by_role("button", name="Clear conversation").click()
+    expect(page.get_by_role("log")).to_have_attribute("aria-busy", "false")
     expect(page.get_by_role("article")).to_have_count(0)
     expect(page.get_by_text("Ask null something.")).to_be_visible()
 

@@ -24,6 +24,7 @@ export class Chat {
     this.#onChange = onChange;
     this.#log.addEventListener("grow", () => this.#follow());
     this.#log.addEventListener("scroll", () => (this.#following = this.#atEnd()));
+    addEventListener("pagehide", () => this.#save()); // with what an answer under way has said so far
     new ResizeObserver(() => this.#follow()).observe(this.#log);
     this.#restore();
   }
@@ -72,9 +73,8 @@ export class Chat {
     const messages = this.#messages();
     const turn = this.#answerTurn(model || "no model");
     const abort = new AbortController();
-    this.#abort = abort;
+    this.#setRunning(abort);
     this.#following = true;
-    this.#log.setAttribute("aria-busy", "true"); // said once it is complete, not word by word
     this.#add(turn);
     announce("Answering");
     try {
@@ -97,10 +97,7 @@ export class Chat {
       if (abort.signal.aborted) announce(`Answer ended: ${turn.end("stopped")}`);
       else turn.fail(error);
     } finally {
-      if (this.#abort === abort) {
-        this.#abort = null;
-        this.#log.setAttribute("aria-busy", "false");
-      }
+      if (this.#abort === abort) this.#setRunning(null);
       this.#save();
       this.#onChange();
     }
@@ -111,7 +108,7 @@ export class Chat {
     const messages = this.#settings.system ? [{ role: "system", content: this.#settings.system }] : [];
     this.#turns.forEach((turn, index) => {
       const answer = turn.role === "user" ? this.#turns[index + 1] : turn;
-      if (answer?.failed && !answer.text) return;
+      if (answer?.failure && !answer.text) return;
       messages.push({ role: turn.role, content: turn.text });
     });
     return messages;
@@ -134,7 +131,12 @@ export class Chat {
 
   #stopNow() {
     this.#abort?.abort();
-    this.#abort = null;
+    this.#setRunning(null);
+  }
+
+  #setRunning(abort) {
+    this.#abort = abort;
+    this.#log.setAttribute("aria-busy", String(abort !== null)); // said once it is complete, not word by word
   }
 
   #atEnd() {

@@ -50,7 +50,7 @@ export class Monitor {
       stats = await this.#api.json("stats");
       phase = stats.engine && !stats.engine.healthy ? "unhealthy" : stats.phase;
       if (stats.engine) {
-        if (this.#looks++ % 2 === 0) await this.#readLatencies();
+        if (this.#looks++ % 2 === 0) await this.#readLatencies().catch(() => (this.#percentiles = {}));
         this.#onReading({ ...this.#figures(stats), ...this.#percentiles });
       }
     } catch (error) {

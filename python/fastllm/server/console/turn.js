@@ -80,8 +80,7 @@ export class AnswerTurn extends Turn {
   #last = null;
   usage = null;
   reasoning = "";
-  failed = false;
-  running = true;
+  failure = null; // { title, sentence }
 
   /** onRegenerate() is called when another answer is wanted in place of this one. */
   constructor(model, onRegenerate) {
@@ -121,36 +120,35 @@ export class AnswerTurn extends Turn {
 
   /** error: an ApiError, or a bug of ours. */
   fail(error) {
-    this.failed = true;
     const retry = error.retryAfter ? ` Try again in ${count(error.retryAfter, "second")}.` : "";
     const left = this.text ? "" : " The model will not see this exchange again.";
-    this.#error.replaceChildren(
-      el("strong", {}, error.title ?? "This page failed"),
-      el("p", {}, `${error.message}${retry}${left}`),
-    );
+    this.failure = { title: error.title ?? "This page failed", sentence: `${error.message}${retry}${left}` };
     this.#finish(this.text ? "incomplete" : "");
   }
 
   record() {
-    const { role, model, text, reasoning, failed } = this;
-    return { role, model, text, reasoning, failed, note: this.#meta.textContent };
+    const { role, model, text, reasoning, failure } = this;
+    return { role, model, text, reasoning, failure, note: this.#meta.textContent };
   }
 
   /** An answer as it was when the page was left. */
-  restore({ text, reasoning, failed, note }) {
-    Object.assign(this, { text, reasoning, failed });
+  restore({ text, reasoning, failure, note }) {
+    Object.assign(this, { text, reasoning, failure });
     this.#finish("");
     this.#note(note);
   }
 
   #finish(words) {
     cancelAnimationFrame(this.#frame);
-    this.running = false;
     this.root.classList.remove("running");
     this.actions.hidden = false;
     this.#copy.hidden = !this.text;
     this.#paint();
-    if (!this.text && !this.failed && !this.reasoning) this.prose.replaceChildren(el("p", { class: "empty" }, "No text"));
+    if (this.failure) {
+      this.#error.replaceChildren(el("strong", {}, this.failure.title), el("p", {}, this.failure.sentence));
+    } else if (!this.text && !this.reasoning) {
+      this.prose.replaceChildren(el("p", { class: "empty" }, "No text"));
+    }
     this.#note([...this.#figures(), words].filter(Boolean).join(" · "));
   }
 
