@@ -16,7 +16,7 @@ pytest.importorskip("playwright", reason="needs playwright: pip install playwrig
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from console_page import CONTRASTS, Tab, answers, load_endless, say, script_answers, serving, stream
+from console_page import CONTRASTS, TIMEOUT, Tab, answers, load_endless, say, script_answers, serving, stream
 
 if TYPE_CHECKING:
     from fastllm.async_llm import AsyncLLM
@@ -33,6 +33,7 @@ def server() -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=TIMEOUT)
     with sync_playwright() as playwright:
         # No name resolves: whatever the page or the browser might want from elsewhere fails and is seen.
         rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
@@ -60,7 +61,7 @@ def page(open_tab: Callable[..., Page]) -> Page:
 
 
 def test_an_answer_streams_in_and_says_its_count_and_speed(page: Page) -> None:
-    say(page, "Hello", max_tokens=400)
+    say(page, "Hello", max_tokens=800)
     prose = answers(page).locator(".prose")
     expect(prose).not_to_be_empty()
     early = len(prose.text_content())
@@ -69,13 +70,13 @@ def test_an_answer_streams_in_and_says_its_count_and_speed(page: Page) -> None:
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     assert len(prose.text_content()) > early > 0
     expect(answers(page).locator(".meta")).to_have_text(
-        re.compile(r"^400 tokens · [\d,.]+ tokens/s · first after [\d.]+ (ms|s) · \d+ prompt tokens.* · cut off")
+        re.compile(r"^800 tokens · [\d,.]+ tokens/s · first after [\d.]+ (ms|s) · \d+ prompt tokens.* · cut off")
     )
     expect(page.get_by_role("log")).to_have_attribute("aria-busy", "false")
-    expect(page.locator("#announcer")).to_have_text("Answer ended: 400 tokens, cut off at the token limit")
+    expect(page.locator("#announcer")).to_have_text("Answer ended: 800 tokens, cut off at the token limit")
     # The conversation outlives a reload, in this tab.
     page.reload()
-    expect(answers(page).locator(".meta")).to_have_text(re.compile("400 tokens"))
+    expect(answers(page).locator(".meta")).to_have_text(re.compile("800 tokens"))
     assert page.evaluate("localStorage.length") == 0 and page.evaluate("document.cookie") == ""
 
 
