@@ -170,6 +170,22 @@ py::object error_kind_name(ErrorKind kind) {
   return py::none();
 }
 
+py::object wait_reason_name(WaitReason reason) {
+  switch (reason) {
+    case WaitReason::None:
+      return py::none();
+    case WaitReason::Slots:
+      return py::str("slots");
+    case WaitReason::Blocks:
+      return py::str("blocks");
+    case WaitReason::Tokens:
+      return py::str("tokens");
+    case WaitReason::Prompt:
+      return py::str("prompt");
+  }
+  return py::none();
+}
+
 std::shared_ptr<py::object> share(py::object object) {
   return {new py::object(std::move(object)), [](py::object* p) {
             if (Py_IsInitialized() == 0) return;  // the interpreter is gone, and every object with it

@@ -25,8 +25,9 @@ PreemptionMode preemption_from_name(const std::string& name);
 SchedulingPolicy policy_from_name(const std::string& name);
 const char* name_of(PreemptionMode mode);
 const char* name_of(SchedulingPolicy policy);
-py::object finish_name(FinishReason reason);  // None while running
-py::object error_kind_name(ErrorKind kind);   // None without an error
+py::object finish_name(FinishReason reason);     // None while running
+py::object error_kind_name(ErrorKind kind);      // None without an error
+py::object wait_reason_name(WaitReason reason);  // None while nobody waits
 
 // Element i; nothing unless it is an int, and no bool, that fits. Prompts have thousands: pybind's own conversion takes
 // four times as long.

@@ -128,6 +128,7 @@ void bind_types(py::module_& m) {
           "stop_token",
           [](const TokenDelta& d) { return d.stop_token < 0 ? py::object(py::none()) : py::int_(d.stop_token); })
       .def_readonly("cached_tokens", &TokenDelta::cached_tokens)
+      .def_readonly("num_preemptions", &TokenDelta::num_preemptions)
       .def_readonly("error", &TokenDelta::error)
       .def_property_readonly("error_kind", [](const TokenDelta& d) { return error_kind_name(d.error_kind); })
       .def_property_readonly("times", [](const TokenDelta& d) {
@@ -139,6 +140,7 @@ void bind_types(py::module_& m) {
       .def_readonly("num_running", &EngineStats::num_running)
       .def_readonly("num_waiting", &EngineStats::num_waiting)
       .def_readonly("num_swapped", &EngineStats::num_swapped)
+      .def_property_readonly("wait_reason", [](const EngineStats& s) { return wait_reason_name(s.wait_reason); })
       .def_readonly("total_blocks", &EngineStats::total_blocks)
       .def_readonly("used_blocks", &EngineStats::used_blocks)
       .def_readonly("peak_used_blocks", &EngineStats::peak_used_blocks)

@@ -290,6 +290,7 @@ TokenDelta& Scheduler::new_delta(const Sequence& seq) {
   delta.id = seq.req->id;
   delta.index = seq.index;
   delta.cached_tokens = std::max(seq.cached_tokens, 0);
+  delta.num_preemptions = seq.num_preemptions;
   delta.times = seq.times;
   return delta;
 }
@@ -304,6 +305,9 @@ void Scheduler::fill_stats(EngineStats& stats) const {
   stats.num_running = static_cast<int>(running_.size());
   stats.num_swapped = static_cast<int>(num_swapped_);
   stats.num_waiting = static_cast<int>(num_live_seqs_ - num_swapped_) - stats.num_running;
+  stats.wait_reason = num_live_seqs_ == stats.num_running ? WaitReason::None
+                      : waiting_.empty()                  ? WaitReason::Prompt
+                                                          : wait_reason_;
   stats.total_blocks = kv.total;
   stats.used_blocks = kv.used;
   stats.peak_used_blocks = kv.peak_used;

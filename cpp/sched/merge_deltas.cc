@@ -22,6 +22,7 @@ void join(TokenDelta& first, TokenDelta& next) {
   first.finish = next.finish;
   first.stop_token = next.stop_token;
   first.cached_tokens = next.cached_tokens;
+  first.num_preemptions = next.num_preemptions;
   first.error = std::move(next.error);
   first.error_kind = next.error_kind;
   first.times = next.times;

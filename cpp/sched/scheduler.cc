@@ -28,7 +28,8 @@ bool Scheduler::schedule(PlannedStep& step, TimePoint now) {
   budget_ = config_.max_step_tokens;
 
   const bool preempted = plan_running(step);
-  if (!preempted || (decodes_.empty() && chunks_.empty())) plan_waiting(step, now);
+  wait_reason_ = WaitReason::Blocks;
+  if (!preempted || (decodes_.empty() && chunks_.empty())) wait_reason_ = plan_waiting(step, now);
 
   if (decodes_.empty() && chunks_.empty()) {
     // Admission lets everything in that fits the pool alone, so this is the safety net against waiting for ever.
@@ -67,10 +68,14 @@ bool Scheduler::plan_running(PlannedStep& step) {
   return preempted;
 }
 
-void Scheduler::plan_waiting(PlannedStep& step, TimePoint now) {
-  while (budget_ > 0 && !waiting_.empty() && !free_slots_.empty()) {
-    if (!admit(**waiting_.begin(), step, now)) return;
+// What the first that was not admitted lacks.
+WaitReason Scheduler::plan_waiting(PlannedStep& step, TimePoint now) {
+  while (!waiting_.empty()) {
+    if (free_slots_.empty()) return WaitReason::Slots;
+    if (budget_ <= 0) return WaitReason::Tokens;
+    if (!admit(**waiting_.begin(), step, now)) return WaitReason::Blocks;
   }
+  return WaitReason::None;
 }
 
 // False, with nothing changed, if the sequence does not fit now.
@@ -144,6 +149,7 @@ bool Scheduler::can_plan(const Sequence& seq) const {
 
 void Scheduler::preempt(Sequence& seq) {
   ++num_preemptions_;
+  ++seq.num_preemptions;
   kv_.publish(seq.kv, seq.tokens, seq.num_computed);
   remove_running(seq);
   free_slot(seq);

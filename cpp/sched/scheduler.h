@@ -100,7 +100,7 @@ class Scheduler {
 
   // scheduler.cc: planning
   bool plan_running(PlannedStep& step);
-  void plan_waiting(PlannedStep& step, TimePoint now);
+  WaitReason plan_waiting(PlannedStep& step, TimePoint now);
   bool admit(Sequence& seq, PlannedStep& step, TimePoint now);
   std::int32_t attach_kv(Sequence& seq);
   bool can_plan(const Sequence& seq) const;
@@ -145,6 +145,7 @@ class Scheduler {
   // Scratch of one schedule(); kept for its memory.
   std::vector<Planned> decodes_, chunks_;
   std::int32_t budget_ = 0;  // tokens
+  WaitReason wait_reason_ = WaitReason::None;
 
   std::uint64_t next_plan_ = 1;
   std::uint64_t next_arrival_ = 0;

@@ -48,6 +48,7 @@ struct Sequence {
   SlotId slot = kNoSlot;
   BlockTable kv;
   std::int32_t cached_tokens = -1;  // at first admission; -1 before it
+  std::int32_t num_preemptions = 0;
   RequestTimes times;
 
   std::int32_t num_tokens() const { return static_cast<std::int32_t>(tokens.size()) + num_pending; }

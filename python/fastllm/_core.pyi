@@ -116,6 +116,7 @@ class TokenDelta:
     finish: str | None  # None | "stop" | "length" | "abort" | "error"
     stop_token: int | None
     cached_tokens: int
+    num_preemptions: int
     error: str
     error_kind: str | None  # None | "invalid" | "overloaded" | "timeout" | "engine"
     # time.monotonic() seconds: arrival, first scheduled, first token, finished; 0.0 while unknown
@@ -127,6 +128,7 @@ class EngineStats:
     num_running: int
     num_waiting: int
     num_swapped: int
+    wait_reason: str | None  # None | "slots" | "blocks" | "tokens" | "prompt"
     total_blocks: int
     used_blocks: int
     peak_used_blocks: int  # since the start or the last reset_prefix_cache()

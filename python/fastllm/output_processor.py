@@ -148,6 +148,7 @@ class OutputProcessor:
             if stopped:
                 to_abort.append((core_id, delta.index))
             if stopped or finish is not None:
+                state.metrics.num_preemptions += delta.num_preemptions
                 ended.append(state)
             changed[core_id] = state
         for state in ended:

@@ -43,12 +43,13 @@ PositionLogprobs = dict[int, Logprob]
 
 @dataclass
 class RequestMetrics:
-    """Moments in time.monotonic() seconds; 0.0 while unknown."""
+    """Moments in time.monotonic() seconds; 0.0 while unknown. num_preemptions: over the samples that ended."""
 
     arrival_time: float = 0.0
     first_scheduled_time: float = 0.0
     first_token_time: float = 0.0
     finished_time: float = 0.0
+    num_preemptions: int = 0
 
 
 @dataclass

@@ -99,6 +99,7 @@ struct TokenDelta {
   FinishReason finish = FinishReason::None;
   TokenId stop_token = -1;  // the id that ended the sequence, when finish is Stop
   int cached_tokens = 0;    // prompt tokens served by the prefix cache, at first admission
+  int num_preemptions = 0;  // of this sequence so far
   std::string error;        // a sentence, when finish is Error
   ErrorKind error_kind = ErrorKind::None;
   RequestTimes times;  // filled as known
@@ -141,10 +142,20 @@ struct EngineConfig {
   bool check_invariants = false;  // validate scheduler and KV state after every step (slow)
 };
 
+// What the head of the line lacked when the last step was planned.
+enum class WaitReason : std::uint8_t {
+  None,    // nobody waits
+  Slots,   // max_num_seqs sequences run
+  Blocks,  // its KV blocks are not free
+  Tokens,  // the step's token budget was spent
+  Prompt,  // samples wait for the prompt they share, or for steps in flight
+};
+
 struct EngineStats {
   int num_running = 0;  // sequences
   int num_waiting = 0;
   int num_swapped = 0;
+  WaitReason wait_reason = WaitReason::None;
   std::int64_t total_blocks = 0;
   std::int64_t used_blocks = 0;       // referenced by a sequence
   std::int64_t peak_used_blocks = 0;  // most used at once since the start or the last reset_prefix_cache()

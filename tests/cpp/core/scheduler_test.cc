@@ -151,6 +151,57 @@ TEST(Scheduler, LateTokensOfAPreemptedSequenceAreKept) {
   EXPECT_EQ(sim.output(2).tokens, alone(c, b));
 }
 
+TEST(Scheduler, PreemptionsAreCountedPerSequence) {
+  SimConfig c = small_config();
+  c.engine.num_blocks = 6;
+  Sim sim(c);
+  sim.add(request(1, ramp(0, 8), 12));
+  sim.add(request(2, ramp(50, 8), 12));
+  sim.run();
+  EXPECT_EQ(sim.output(1).num_preemptions + sim.output(2).num_preemptions, sim.stats().num_preemptions);
+  EXPECT_EQ(sim.output(1).num_preemptions, 0) << "the first to come is the last to make room";
+}
+
+TEST(Scheduler, StatsSayWhatTheHeadOfTheLineLacks) {
+  SimConfig c = small_config();
+  c.engine.max_num_seqs = 1;
+  Sim slots(c);
+  slots.add(request(1, ramp(0, 4), 4));
+  ASSERT_TRUE(slots.submit());
+  EXPECT_EQ(slots.stats().wait_reason, WaitReason::None);
+  slots.add(request(2, ramp(50, 4), 4));
+  ASSERT_TRUE(slots.submit());
+  EXPECT_EQ(slots.stats().wait_reason, WaitReason::Slots);
+  slots.run();
+  EXPECT_EQ(slots.stats().wait_reason, WaitReason::None);
+
+  c = small_config();
+  c.engine.num_blocks = 6;
+  Sim blocks(c);
+  blocks.add(request(1, ramp(0, 16), 2));
+  blocks.add(request(2, ramp(50, 16), 2));
+  ASSERT_TRUE(blocks.submit());
+  EXPECT_EQ(blocks.stats().wait_reason, WaitReason::Blocks);
+  blocks.run();
+
+  c = small_config();
+  c.engine.max_step_tokens = 8;
+  Sim tokens(c);
+  tokens.add(request(1, ramp(0, 20), 2));
+  tokens.add(request(2, ramp(50, 20), 2));
+  ASSERT_TRUE(tokens.submit());
+  EXPECT_EQ(tokens.stats().wait_reason, WaitReason::Tokens);
+  tokens.run();
+
+  RequestInput samples = request(1, ramp(0, 20), 2, 1.0f);
+  samples.sampling.n = 2;
+  Sim prompt(c);
+  prompt.add(samples);
+  ASSERT_TRUE(prompt.submit());
+  EXPECT_EQ(prompt.stats().wait_reason, WaitReason::Prompt);
+  prompt.run();
+}
+
 TEST(Scheduler, PrioritiesDecideWhoIsAdmittedFirst) {
   SimConfig c = small_config();
   c.engine.max_num_seqs = 1;

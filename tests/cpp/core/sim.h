@@ -25,6 +25,7 @@ struct Output {
   FinishReason finish = FinishReason::None;
   TokenId stop_token = -1;
   int cached_tokens = 0;
+  int num_preemptions = 0;
   int num_finishes = 0;
   std::string error;
   RequestTimes times;
@@ -150,6 +151,7 @@ class Sim {
       out.finish = d.finish;
       out.stop_token = d.stop_token;
       out.cached_tokens = d.cached_tokens;
+      out.num_preemptions = d.num_preemptions;
       out.num_finishes += d.finish != FinishReason::None;
       out.error = d.error;
       out.times = d.times;
