@@ -62,15 +62,24 @@ class _Stream:
     def __init__(self, state: RequestState) -> None:
         self.state = state
         self.event = asyncio.Event()
+        self.num_announced = 0  # tokens when the consumer was last woken
         self.num_reported = 0  # tokens already in a StepReport
         self.last_token_at = 0.0
+
+    def announce(self, interval: int) -> None:
+        """Wakes the consumer for the first token, then for every `interval` tokens, and for the end."""
+        total = self.state.num_generated_tokens
+        if self.state.finished or not self.num_announced or total - self.num_announced >= interval:
+            self.num_announced = total
+            self.event.set()
 
 
 class AsyncLLM:
     """Lives on one event loop; every method but from_engine_args is called there."""
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient, *, stream_interval: int = 1) -> None:
         self._client = client
+        self._stream_interval = stream_interval
         self._streams: dict[int, _Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observers: list[Callable[[StepReport], None]] = []
@@ -86,7 +95,7 @@ class AsyncLLM:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> AsyncLLM:
         """Loads the model; blocks. Raises LoadError or ValueError with a sentence. on_progress as in EngineClient."""
-        return cls(EngineClient.load(args, on_progress=on_progress))
+        return cls(EngineClient.load(args, on_progress=on_progress), stream_interval=args.stream_interval)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -226,7 +235,7 @@ class AsyncLLM:
             if stream is None:
                 continue
             _report(report, stream, now)
-            stream.event.set()
+            stream.announce(self._stream_interval)
         if self._observers and (report.num_generated_tokens or report.finished):
             for observer in self._observers:
                 observer(report)

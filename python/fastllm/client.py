@@ -68,6 +68,8 @@ class EngineClient:
         offline: limits that were not chosen favour the throughput of batches. on_progress(done, total): called with the
         bytes of weights that are in place.
         """
+        if args.trust_remote_code:
+            log.info("trust_remote_code is accepted, but code that comes with a model is never run.")
         if args.model == "null" or args.load_format == "null":
             return cls._load_null(args)
         started = time.monotonic()

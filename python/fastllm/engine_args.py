@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastllm.arg_parser import OnOff, parse_length, parse_size
+from fastllm.arg_parser import JsonObject, OnOff, parse_length, parse_object, parse_size
 from fastllm.device import Device, default_limits, is_device_name
+from fastllm.environment import cpu_kv_bytes, cpu_threads
+from fastllm.refused_flags import add_fixed_flags
 
 if TYPE_CHECKING:
     from fastllm import _core
@@ -19,25 +20,16 @@ DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8", "fp8_e4m3")
 CHECKPOINT_QUANTIZATIONS = ("gguf", "awq", "gptq", "compressed-tensors")
 QUANTIZATIONS = ("none", "int8", "int4", *CHECKPOINT_QUANTIZATIONS)
+_SWAP_GIB = 4.0
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy", "null")
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
-
-
-def _arg(default: Any, group: str, help: str, **cli: Any) -> Any:
+def _arg(default: Any, group: str, help: str, *, secret: bool = False, **cli: Any) -> Any:
     """A field with its place in --help; `cli` goes to add_argument."""
     metadata = {"group": group, "help": help, "cli": cli}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass
@@ -61,13 +53,24 @@ class EngineArgs:
         "auto", "model", "dummy: random weights; null: no model, hashes (for tests)", choices=LOAD_FORMATS
     )
     revision: str | None = _arg(None, "model", "branch, tag or commit on the hub")
+    hf_token: str | bool | None = _arg(
+        None,
+        "model",
+        "token for gated models on the hub; without a value, the one of `hf auth login`",
+        type=str,
+        nargs="?",
+        const=True,
+        secret=True,
+    )
     download_dir: str | None = _arg(None, "model", "where hub downloads go; default: the hub's cache")
-    hf_overrides: dict[str, Any] = _arg({}, "model", "JSON object merged into config.json", type=_json_object)
+    hf_overrides: dict[str, Any] = _arg(
+        {}, "model", "JSON object merged into config.json", type=parse_object, action=JsonObject
+    )
     generation_config: str = _arg(
         "auto", "model", "default sampling parameters: auto (the model's), vllm (none), or a folder"
     )
     override_generation_config: dict[str, Any] = _arg(
-        {}, "model", "JSON object merged into the generation config", type=_json_object
+        {}, "model", "JSON object merged into the generation config", type=parse_object, action=JsonObject
     )
     chat_template: str | None = _arg(None, "model", "file with a chat template, or the template itself")
     trust_remote_code: bool = _arg(False, "model", "accepted; code from a checkpoint is never run", action=OnOff)
@@ -77,6 +80,7 @@ class EngineArgs:
         "int8, int4: quantise linear layers when loading (CPUs only; logits with 8 bits); none: never compressed, "
         "not even checkpoints that are; gguf, awq, gptq, compressed-tensors (what the checkpoint is) or not given: as "
         "the checkpoint, compressed ones staying so on CPUs",
+        short="-q",
     )
     seed: int = _arg(0, "model", "seed of requests that have none", type=int)
 
@@ -93,7 +97,11 @@ class EngineArgs:
         "such as 0-7,16 with a thread bound to each, | between ranks; default: VLLM_CPU_OMP_THREADS_BIND, else auto",
     )
     gpu_memory_utilization: float = _arg(
-        0.92, "device", "share of a GPU's memory for weights, activations and KV cache; unused on CPUs", type=float
+        0.92,
+        "device",
+        "share of a GPU's memory for weights, activations and KV cache; unused on CPUs",
+        type=float,
+        alias="--device-memory-utilization",
     )
     enforce_eager: bool = _arg(False, "device", "no GPU graphs; CPUs have none", action=OnOff)
     deterministic: bool = _arg(
@@ -112,10 +120,11 @@ class EngineArgs:
         choices=KV_CACHE_DTYPES,
     )
     num_gpu_blocks_override: int | None = _arg(None, "cache", "KV blocks, instead of bytes", type=int)
-    swap_space: float = _arg(
-        4.0,
+    swap_space: float | None = _arg(
+        None,
         "cache",
-        "GiB of host memory (pinned on GPUs) for swapped-out blocks when --preemption-mode=swap",
+        "GiB of host memory (pinned on GPUs) for the KV blocks of preempted sequences; default 4 with "
+        "--preemption-mode swap, which is the mode where a size is given",
         type=float,
     )
     enable_prefix_caching: bool = _arg(True, "cache", "reuse the KV of equal prompt beginnings", action=OnOff)
@@ -130,10 +139,16 @@ class EngineArgs:
         0, "scheduler", "tokens of one prompt per step; 0: no limit but the step's", type=parse_size
     )
     enable_chunked_prefill: bool | None = _arg(
-        None, "scheduler", "accepted; prompts are always chunked where needed", action=OnOff
+        None, "scheduler", "accepted; prompts longer than a step are always chunked", action=OnOff
     )
     scheduling_policy: str = _arg("fcfs", "scheduler", "order of requests", choices=("fcfs", "priority"))
-    preemption_mode: str = _arg("recompute", "scheduler", "when KV blocks run out", choices=("recompute", "swap"))
+    preemption_mode: str | None = _arg(
+        None,
+        "scheduler",
+        "when KV blocks run out; default recompute, or swap with --swap-space",
+        choices=("recompute", "swap"),
+    )
+    stream_interval: int = _arg(1, "scheduler", "tokens between two updates of a stream, after its first", type=int)
     async_scheduling: bool = _arg(True, "scheduler", "plan a step while the last one runs", action=OnOff)
     max_logprobs: int = _arg(20, "scheduler", "most alternatives a request may ask for; -1: all", type=int)
     check_invariants: bool = _arg(False, "scheduler", "validate the scheduler after every step (slow)", action=OnOff)
@@ -144,7 +159,7 @@ class EngineArgs:
         for one in dataclasses.fields(self):
             choices = one.metadata["cli"].get("choices")
             value = getattr(self, one.name)
-            if choices and value not in choices:
+            if choices and value not in choices and value != one.default:
                 raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}.")
         for name, minimum in _MINIMUM.items():
             value = getattr(self, name)
@@ -158,6 +173,13 @@ class EngineArgs:
             )
         if self.pipeline_parallel_size != 1:
             raise ValueError("pipeline_parallel_size must be 1; use tensor_parallel_size to split a model.")
+        if self.enable_chunked_prefill is False:
+            raise ValueError(
+                "enable_chunked_prefill cannot be turned off: prompts longer than a step are always chunked. To see "
+                "whole prompts in one step, set max_num_batched_tokens to max_model_len."
+            )
+        # Only the kernels differ, which are chosen by the device here.
+        self.quantization = _KERNEL_NAMES.get(self.quantization or "", self.quantization)
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ValueError(
                 f"quantization={self.quantization!r} is not supported; known are {', '.join(QUANTIZATIONS)}."
@@ -173,11 +195,14 @@ class EngineArgs:
             groups[title] = group
             cli = dict(one.metadata["cli"])
             names = [f"--{one.name.replace('_', '-')}"]
+            names += [cli.pop("alias")] if "alias" in cli else []
             short = cli.pop("short", None)
             default = {} if one.default is dataclasses.MISSING else one.default
             shown = "" if default in (None, {}) else " (default: %(default)s)"
             help_text = one.metadata["help"].replace("%", "%%") + shown
-            group.add_argument(*([short] if short else []), *names, default=default, help=help_text, **cli)
+            dest = one.name
+            group.add_argument(*([short] if short else []), *names, dest=dest, default=default, help=help_text, **cli)
+        add_fixed_flags(parser)
         return parser
 
     @classmethod
@@ -212,13 +237,15 @@ class EngineArgs:
         config.quantization = "auto" if self.quantization in (None, *CHECKPOINT_QUANTIZATIONS) else self.quantization
         config.max_model_len = max_model_len
         config.prefix_caching = self.enable_prefix_caching
-        config.preemption = self.preemption_mode
+        config.preemption = self.preemption_mode or ("swap" if self.swap_space else "recompute")
         config.policy = self.scheduling_policy
-        config.swap_bytes = int(self.swap_space * 2**30) if self.preemption_mode == "swap" else 0
+        swap_gib = _SWAP_GIB if self.swap_space is None else self.swap_space
+        config.swap_bytes = int(swap_gib * 2**30) if config.preemption == "swap" else 0
         config.async_depth = 2 if self.async_scheduling else 1
         config.tensor_parallel_size = self.tensor_parallel_size
-        config.cpu_threads = self.cpu_threads
         config.cpu_bind = self.cpu_bind or os.environ.get("VLLM_CPU_OMP_THREADS_BIND") or "auto"
+        asked_threads = cpu_threads() if config.cpu_bind == "auto" else 0
+        config.cpu_threads = self.cpu_threads or (asked_threads and max(asked_threads, self.tensor_parallel_size))
         config.max_chunk = self.long_prefill_token_threshold
         config.max_logprobs = vocab_size if self.max_logprobs == -1 else self.max_logprobs
         config.seed = self.seed % 2**64
@@ -230,7 +257,7 @@ class EngineArgs:
                 max_num_batched_tokens if self.max_num_batched_tokens is None else self.max_num_batched_tokens,
             ),
             ("block_size", self.block_size),
-            ("kv_cache_bytes", self.kv_cache_memory_bytes),
+            ("kv_cache_bytes", self.kv_cache_memory_bytes or (cpu_kv_bytes() if device.name == "cpu" else None)),
             ("num_blocks", self.num_gpu_blocks_override),
         ):
             if value is not None:
@@ -238,6 +265,7 @@ class EngineArgs:
         return config
 
 
+_KERNEL_NAMES = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 _MINIMUM = {
     "max_model_len": 1,
     "tensor_parallel_size": 1,
@@ -250,6 +278,7 @@ _MINIMUM = {
     "max_num_batched_tokens": 1,
     "long_prefill_token_threshold": 0,
     "max_logprobs": -1,
+    "stream_interval": 1,
 }
 
 AsyncEngineArgs = EngineArgs

@@ -11,7 +11,9 @@ _PACKAGE = "package:"
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
-def resolve_model(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+def resolve_model(
+    model: str, revision: str | None = None, download_dir: str | None = None, token: str | bool | None = None
+) -> Path:
     """The folder or GGUF file of `model`, downloaded if it is a hub id. Raises LoadError saying what was tried."""
     if model.startswith(_PACKAGE):
         return _package_gguf(model.removeprefix(_PACKAGE))
@@ -24,7 +26,7 @@ def resolve_model(model: str, revision: str | None = None, download_dir: str | N
         return path
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.suffix == ".gguf":
         raise LoadError(f"There is no model at {path.absolute()}.")
-    return _download(model, revision, download_dir)
+    return _download(model, revision, download_dir, token)
 
 
 def _package_gguf(name: str) -> Path:
@@ -40,7 +42,7 @@ def _package_gguf(name: str) -> Path:
     return files[0]
 
 
-def _download(model: str, revision: str | None, download_dir: str | None) -> Path:
+def _download(model: str, revision: str | None, download_dir: str | None, token: str | bool | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -48,7 +50,9 @@ def _download(model: str, revision: str | None, download_dir: str | None) -> Pat
             f"There is no folder {model!r} here, and downloading it as a hub id needs `pip install huggingface-hub`."
         ) from error
     try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=_FILES))
+        return Path(
+            snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=_FILES, token=token)
+        )
     except Exception as error:  # httpx, OSError and the hub's own errors share no base class
         at = f" at revision {revision!r}" if revision else ""
         raise LoadError(

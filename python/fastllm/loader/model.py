@@ -53,7 +53,7 @@ class ModelFiles:
 
 def open_model(args: EngineArgs) -> ModelFiles:
     """Finds and checks the model that `args` names; reads no weights yet. Raises LoadError."""
-    path = resolve_model(args.model, args.revision, args.download_dir)
+    path = resolve_model(args.model, args.revision, args.download_dir, args.hf_token)
     if path.is_file():
         return _open_gguf(path, args)
     if (path / "spec.json").is_file():
@@ -136,7 +136,7 @@ def _overridden(config: dict[str, Any], args: EngineArgs) -> dict[str, Any]:
 def _external_tokenizer(args: EngineArgs) -> Tokenizer | None:
     if args.tokenizer in (None, args.model):
         return None
-    return load_tokenizer(resolve_model(str(args.tokenizer), args.revision, args.download_dir))
+    return load_tokenizer(resolve_model(str(args.tokenizer), args.revision, args.download_dir, args.hf_token))
 
 
 def _finished(
