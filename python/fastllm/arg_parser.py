@@ -66,6 +66,24 @@ def parse_strings(text: str) -> list[str]:
     return list(value)
 
 
+def parse_count(text: str) -> int:
+    """A whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
+    return int(text)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"must be seconds, 0 or more, got {text!r}")
+    return value
+
+
 class OnOff(argparse.Action):
     """A flag with its negation: --x and --no-x; --enable-x also has --disable-x, and --disable-x has --enable-x."""
 
@@ -112,6 +130,19 @@ def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = value
+
+
+class Version(argparse.Action):
+    """Prints the version only when asked, so that no other command pays for finding it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from fastllm import __version__
+
+        print(f"fastllm {__version__}")
+        parser.exit()
 
 
 class FlexibleArgumentParser(argparse.ArgumentParser):

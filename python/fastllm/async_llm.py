@@ -68,10 +68,11 @@ class _Stream:
 
     def announce(self, interval: int) -> None:
         """Wakes the consumer for the first token, then for every `interval` tokens, and for the end."""
-        total = self.state.num_generated_tokens
-        if self.state.finished or not self.num_announced or total - self.num_announced >= interval:
-            self.num_announced = total
-            self.event.set()
+        new = self.num_reported - self.num_announced
+        if interval > 1 and self.num_announced and new < interval and not self.state.finished:
+            return
+        self.num_announced = self.num_reported
+        self.event.set()
 
 
 class AsyncLLM:

@@ -79,7 +79,7 @@ def _guarded(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    from fastllm.arg_parser import FlexibleArgumentParser
+    from fastllm.arg_parser import FlexibleArgumentParser, Version
     from fastllm.quantize.command import add_flags as add_quantize_flags
     from fastllm.quantize.command import run as quantize_command
 
@@ -89,7 +89,7 @@ def _make_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    parser.add_argument("--version", action=Version, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     commands.add_parser("serve", help="serve a model over the OpenAI API", add_help=False)
 
@@ -119,19 +119,6 @@ def _make_parser() -> argparse.ArgumentParser:
     add_quantize_flags(quantize)
     quantize.set_defaults(run=quantize_command)
     return parser
-
-
-class _Version(argparse.Action):
-    """Prints the version only when asked, so that no other command pays for finding it."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **settings)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from fastllm import __version__
-
-        print(f"fastllm {__version__}")
-        parser.exit()
 
 
 def _format() -> dict[str, Any]:

@@ -92,6 +92,7 @@ FIXED: tuple[Fixed, ...] = (
     Fixed("--enable-reasoning", None, True, (True,), "reasoning is split off where the chat template has it"),
     Fixed("--enable-request-id-headers", None, True, (True,), "every answer carries X-Request-Id"),
     Fixed("--enable-prompt-tokens-details", None, True, (True,), "usage always has prompt_tokens_details"),
+    Fixed("--return-tokens-as-token-ids", None, False, (False,), "a request gets the ids with return_token_ids: true"),
     Fixed("--enable-server-load-tracking", None, True, (True,), "/load always counts"),
     Fixed("--disable-frontend-multiprocessing", None, True, (True,), "one process answers HTTP and runs the engine"),
     Fixed("--enable-log-outputs", None, False, (False,), "answers are never logged"),
@@ -175,6 +176,7 @@ _ABSENT: dict[str, str] = {
     "--kv-cache-dtype-skip-layers --kv-sharing-fast-prefill --prefix-cache-retention-interval --prefix-match-unit": (
         "all layers share one kind of KV cache"
     ),
+    "--max-num-queued-reqs --max-num-queued-tokens": "--max-waiting limits the sequences that wait for those that run",
     "--max-num-scheduled-tokens": "--max-num-batched-tokens limits a step",
     "--max-num-active-seqs": "--max-num-seqs limits the sequences that run",
     "--long-prefill-token-threshold-adaptive --scheduler-reserve-full-isl --watermark --prefill-schedule-interval": (
@@ -228,6 +230,8 @@ def _matches(name: str, flag: str) -> bool:
 
 def add_fixed_flags(parser: argparse.ArgumentParser) -> None:
     for row in FIXED:
+        if row.names.split()[0] in parser._option_string_actions:
+            continue  # this parser has a real one
         action: type[argparse.Action] = _FixedValue
         settings: dict[str, Any] = {"type": row.kind}
         if row.kind is None:

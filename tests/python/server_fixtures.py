@@ -145,7 +145,9 @@ def wait_until(condition: Callable[[], bool], timeout: float, explain: Callable[
 def metric(text: str, name: str, **labels: str) -> float:
     """The value of one sample of a Prometheus text."""
     for line in text.splitlines():
-        if line.startswith(name + "{") and all(f'{key}="{value}"' in line for key, value in labels.items()):
+        if line.startswith((name + "{", name + " ")) and all(
+            f'{key}="{value}"' in line for key, value in labels.items()
+        ):
             return float(line.rsplit(" ", 1)[1])
     raise AssertionError(f"{name} {labels} is not exposed")
 

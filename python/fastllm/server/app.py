@@ -9,6 +9,7 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -17,8 +18,11 @@ from fastllm.server import chat, completions, info
 from fastllm.server.auth import ROOT_PATH
 from fastllm.server.connection import Runner
 from fastllm.server.console.routes import add_console
+from fastllm.server.cors import Cors
+from fastllm.server.housekeeping import Housekeeping
 from fastllm.server.middleware import current_request_id, outermost
 from fastllm.server.state import STATE_KEY, ServerState
+from fastllm.server.unix_socket import remove_dead_socket
 
 if TYPE_CHECKING:
     from fastllm.async_llm import AsyncLLM
@@ -38,11 +42,15 @@ async def _add_request_id(request: web.Request, response: web.StreamResponse) ->
     response.headers["Server"] = "fastllm"
 
 
-def create_app(state: ServerState, root_path: str = "", *, console: bool = True) -> web.Application:
+def create_app(
+    state: ServerState, root_path: str = "", *, console: bool = True, cors: Cors | None = None
+) -> web.Application:
     """Every route of the server, under `root_path` too where one is given."""
     app = web.Application(middlewares=[outermost], client_max_size=state.limits.max_body_bytes)
     app[STATE_KEY] = state
     app.on_response_prepare.append(_add_request_id)
+    if cors is not None:
+        cors.install(app)
     app[ROOT_PATH] = root_path.rstrip("/")
     prefixes = list(dict.fromkeys(("", app[ROOT_PATH])))
     if console:
@@ -62,6 +70,7 @@ def create_app(state: ServerState, root_path: str = "", *, console: bool = True)
         app.router.add_get(f"{prefix}/metrics", info.metrics)
         app.router.add_get(f"{prefix}/version", info.version)
         app.router.add_get(f"{prefix}/stats", info.stats)
+        app.router.add_get(f"{prefix}/load", info.load)
     return app
 
 
@@ -69,12 +78,19 @@ class Server:
     """One listening socket and one engine. All methods belong to the event loop it was made in."""
 
     def __init__(
-        self, state: ServerState, load: Callable[[], AsyncLLM], *, root_path: str = "", console: bool = True
+        self,
+        state: ServerState,
+        load: Callable[[], AsyncLLM],
+        *,
+        root_path: str = "",
+        console: bool = True,
+        cors: Cors | None = None,
+        housekeeping: Housekeeping | None = None,
     ) -> None:
         self.state = state
         self._load = load
         self._runner = Runner(
-            create_app(state, root_path, console=console),
+            create_app(state, root_path, console=console, cors=cors),
             handler_cancellation=True,  # a client that goes away aborts its request
             access_log=None,
             auto_decompress=False,  # a small body could become gigabytes, on the event loop
@@ -84,6 +100,9 @@ class Server:
             shutdown_timeout=_CANCEL_GRACE_S,
             lingering_time=_LINGER_S,
         )
+        self._housekeeping = housekeeping or Housekeeping(state)
+        self._chores: asyncio.Task[None] | None = None
+        self._uds: str | None = None
         self._llm: AsyncLLM | None = None
         self._loader: threading.Thread | None = None
 
@@ -91,9 +110,17 @@ class Server:
     def loading(self) -> bool:
         return self._loader is not None and self._loader.is_alive()
 
-    async def listen(self, host: str, port: int, ssl_context: ssl.SSLContext | None = None) -> int:
-        """Answers from here on, with 503 until the model is loaded. Returns the port."""
+    async def listen(
+        self, host: str, port: int, ssl_context: ssl.SSLContext | None = None, *, uds: str | None = None
+    ) -> int:
+        """Answers from here on, with 503 until the model is loaded. Returns the port; 0 on the Unix socket `uds`."""
         await self._runner.setup()
+        self._chores = asyncio.create_task(self._housekeeping.run())
+        if uds is not None:
+            remove_dead_socket(uds)
+            await web.UnixSite(self._runner, uds, ssl_context=ssl_context, backlog=1024).start()
+            self._uds = uds
+            return 0
         site = web.TCPSite(self._runner, host, port, ssl_context=ssl_context, backlog=1024)
         await site.start()
         return int(self._runner.addresses[0][1])
@@ -138,6 +165,10 @@ class Server:
             self._llm.shutdown()  # what still runs ends with an error its client can read
         await self._runner.cleanup()
         self.state.workers.shutdown(wait=False, cancel_futures=True)
+        if self._chores is not None:
+            self._chores.cancel()
+        if self._uds is not None:
+            Path(self._uds).unlink(missing_ok=True)
         return drained
 
 
@@ -146,6 +177,7 @@ async def serve_until_signal(
     *,
     host: str,
     port: int,
+    uds: str | None = None,
     shutdown_timeout: float,
     ssl_context: ssl.SSLContext | None,
     on_listening: Callable[[int], None],
@@ -162,9 +194,9 @@ async def serve_until_signal(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     try:
-        on_listening(await server.listen(host, port, ssl_context))
+        on_listening(await server.listen(host, port, ssl_context, uds=uds))
     except OSError as exc:
-        print(f"fastllm: cannot listen on {host}:{port}: {exc.strerror or exc}.", file=sys.stderr)
+        print(f"fastllm: cannot listen on {uds or f'{host}:{port}'}: {exc.strerror or exc}.", file=sys.stderr)
         return 1
     stopping = asyncio.create_task(stop.wait())
     loading = asyncio.create_task(server.load())

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import fields
 
+from fastllm.arg_parser import Version, parse_count, parse_seconds
+from fastllm.environment import defaults_from_environment
+from fastllm.server.answer_flags import add_answer_flags
 from fastllm.server.limits import Limits
+from fastllm.server.log_flags import add_log_flags
+from fastllm.server.network_flags import add_network_flags
 
 _LIMIT_FLAGS: dict[str, tuple[str, str]] = {
     # field of Limits -> (metavar, help)
@@ -21,7 +25,6 @@ _LIMIT_FLAGS: dict[str, tuple[str, str]] = {
     "write_timeout_s": ("SECONDS", "time a client may leave a stream unread before it is dropped"),
     "keepalive_timeout_s": ("SECONDS", "time an idle connection stays open"),
 }
-_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -34,12 +37,12 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-v", "--version", action=Version, help="print the version and exit")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; what is on the command line wins")
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every interface")
     network.add_argument("--port", type=_port, default=8000, help="port to listen on; 0 picks a free one")
     network.add_argument("--root-path", default="", metavar="PATH", help="prefix a proxy puts before every path")
-    network.add_argument("--ssl-keyfile", metavar="FILE", help="TLS key in PEM; needs --ssl-certfile")
-    network.add_argument("--ssl-certfile", metavar="FILE", help="TLS certificate in PEM")
     api = parser.add_argument_group("API")
     api.add_argument(
         "--api-key",
@@ -54,33 +57,16 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits", "What one request, or all of them together, may ask for.")
     defaults = {field.name: field.default for field in fields(Limits)}
     for name, (metavar, text) in _LIMIT_FLAGS.items():
-        kind = _seconds if name.endswith("_s") else _count
+        kind = parse_seconds if name.endswith("_s") else parse_count
         flag = "--" + name.removesuffix("_s").replace("_", "-")
         limits.add_argument(flag, dest=name, type=kind, default=defaults[name], metavar=metavar, help=text)
-    life = parser.add_argument_group("life and logs")
+    life = parser.add_argument_group("life")
     life.add_argument(
         "--shutdown-timeout",
-        type=_seconds,
+        type=parse_seconds,
         default=30.0,
         metavar="SECONDS",
         help="time for accepted requests to finish after SIGTERM or Ctrl-C",
-    )
-    life.add_argument(
-        "--enable-log-requests",
-        dest="log_requests",
-        action="store_true",
-        default=True,
-        help="one line per request: method, path, status, time, id; never its content (default)",
-    )
-    life.add_argument("--disable-log-requests", dest="log_requests", action="store_false", help="no such line")
-    life.add_argument(
-        "--log-level",
-        "--uvicorn-log-level",
-        dest="log_level",
-        type=str.lower,
-        choices=_LOG_LEVELS,
-        default=os.environ.get("FASTLLM_LOGGING_LEVEL", os.environ.get("VLLM_LOGGING_LEVEL", "info")).lower(),
-        help="least important messages to show",
     )
 
 
@@ -100,28 +86,19 @@ def make_parser(prog: str, *, positional_model: bool) -> argparse.ArgumentParser
     if positional_model:
         parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="the same as --model")
     add_server_flags(parser)
+    add_network_flags(parser)
+    add_answer_flags(parser)
+    add_log_flags(parser)
     EngineArgs.add_cli_args(parser)
+    try:
+        parser.set_defaults(**defaults_from_environment())
+    except ValueError as error:
+        parser.error(str(error))
     return parser
 
 
 def limits_from(args: argparse.Namespace) -> Limits:
     return Limits(**{name: getattr(args, name) for name in _LIMIT_FLAGS})
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"must be seconds, 0 or more, got {text!r}")
-    return value
 
 
 def _port(text: str) -> int:

@@ -104,7 +104,7 @@ class _Call:
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         options = self.body.stream_options
-        include_usage = bool(options and options.include_usage)
+        include_usage = self.state.force_include_usage or bool(options and options.include_usage)
         continuous = include_usage and bool(options and options.continuous_usage_stats)
         events = EventStream(request)
 
@@ -112,7 +112,7 @@ class _Call:
             return self.counter.usage() if continuous else None if include_usage else UNSET
 
         async with aclosing(run(self.state, [self.job], self.id, self.body)) as updates:
-            rest = await first_then_rest(updates)
+            rest = await first_then_rest(updates, events)
             await events.open()
             try:
                 opening = [ChatChunkChoice(index, Delta(self.role, "")) for index in range(self.body.n or 1)]

@@ -126,13 +126,13 @@ class _Call:
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         options = self.body.stream_options
-        include_usage = bool(options and options.include_usage)
+        include_usage = self.state.force_include_usage or bool(options and options.include_usage)
         continuous = include_usage and bool(options and options.continuous_usage_stats)
         events = EventStream(request)
         offsets = [0] * (len(self.jobs) * self.n)  # characters of each choice so far
         started = [False] * len(offsets)
         async with aclosing(run(self.state, self.jobs, self.id, self.body)) as updates:
-            rest = await first_then_rest(updates)
+            rest = await first_then_rest(updates, events)
             await events.open()
             try:
                 async for number, output in rest:

@@ -65,6 +65,14 @@ class ApiError(Exception):
             message = message[: MAX_MESSAGE_CHARS - 3] + "..."
         self.body = ErrorBody(message, type or kind, param, code or default_code)
 
+    @property
+    def reason(self) -> str:
+        """For logs: what was refused, without what the client wrote."""
+        field = f" ({self.body.param})" if self.body.param else ""
+        # These sentences are made of our own words and numbers.
+        sentence = f": {self.body.message}" if self.status in (401, 408, 413, 429) or self.status >= 500 else ""
+        return f"{self.body.code or self.body.type}{field}{sentence}"
+
     def payload(self) -> bytes:
         return msgspec.json.encode(ErrorEnvelope(self.body))
 
@@ -91,11 +99,14 @@ _HTTP_SENTENCES = {
 }
 
 
-def from_http_exception(exc: web.HTTPException, request: web.BaseRequest) -> web.Response:
+def api_error(exc: web.HTTPException, request: web.BaseRequest) -> ApiError:
     sentence = _HTTP_SENTENCES.get(exc.status, exc.reason or "The request failed.")
-    error = ApiError(exc.status, sentence.format(method=request.method[:16], path=request.path[:100]))
+    return ApiError(exc.status, sentence.format(method=request.method[:16], path=request.path[:100]))
+
+
+def from_http_exception(exc: web.HTTPException, request: web.BaseRequest) -> web.Response:
     allow = exc.headers.get("Allow")
-    return error.response({"Allow": allow} if allow else None)
+    return api_error(exc, request).response({"Allow": allow} if allow else None)
 
 
 def internal_error() -> ApiError:

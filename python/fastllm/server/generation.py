@@ -15,6 +15,7 @@ from fastllm.server.body import field_names
 from fastllm.server.errors import ENGINE_ERROR_STATUS, ApiError, from_value_error
 from fastllm.server.protocol import CommonRequest, PromptTokensDetails, Usage
 from fastllm.server.state import Phase, ServerState
+from fastllm.server.streaming import EventStream
 
 # Updates of several prompts that may wait for a slow client; behind them each stream merges its own.
 _MERGE_QUEUE = 16
@@ -55,6 +56,9 @@ async def _one(
     state: ServerState, job: Job, request_id: str, request: CommonRequest
 ) -> AsyncGenerator[RequestOutput, None]:
     finished = False
+    await state.batch_window.gather(state.llm.stats)
+    if state.request_log is not None:
+        state.request_log.received(request_id, job, state.llm.tokenizer)
     # The engine's id is our own: two clients may send the same X-Request-Id at once.
     outputs = state.llm.generate(
         job.prompt_ids,
@@ -151,13 +155,26 @@ class UsageCounter:
 
 
 async def first_then_rest(
-    updates: AsyncGenerator[tuple[int, RequestOutput], None],
+    updates: AsyncGenerator[tuple[int, RequestOutput], None], events: EventStream
 ) -> AsyncIterator[tuple[int, RequestOutput]]:
-    """Waits for the first update, so that a refusal of the engine is still an HTTP status and not an event."""
-    first = await anext(updates)
+    """Waits for the first update, so that a refusal of the engine is still an HTTP status and not an event.
+
+    With --sse-keep-alive-interval it waits no longer than that: then the stream opens, and comments fill the silence.
+    """
+    waiting = asyncio.ensure_future(anext(updates))
+    try:
+        await asyncio.wait({waiting}, timeout=events.silence_s or None)
+    except asyncio.CancelledError:
+        waiting.cancel()  # a generator cannot be closed while it runs
+        await asyncio.gather(waiting, return_exceptions=True)
+        raise
+    if waiting.done():
+        waiting.result()
+    else:
+        await events.open()
 
     async def chain() -> AsyncIterator[tuple[int, RequestOutput]]:
-        yield first
+        yield await waiting
         async for item in updates:
             yield item
 

@@ -11,6 +11,7 @@ _FIRST_TOKEN = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
 )
+LAG = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)  # seconds
 # Name without prefix -> (bucket bounds, help). Bounds None: the 1-2-5 series up to the context's length.
 HISTOGRAMS: dict[str, tuple[Sequence[float] | None, str]] = {
     "time_to_first_token_seconds": (_FIRST_TOKEN, "Seconds from arrival to the first token."),
@@ -34,22 +35,18 @@ HISTOGRAMS: dict[str, tuple[Sequence[float] | None, str]] = {
 
 class Histogram:
     def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(bounds) + 1)  # per bucket, not cumulative; the last one is +Inf
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)  # per bucket, not cumulative; the last one is +Inf
         self.sum = 0.0
 
     def observe(self, value: float, count: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += count
+        self.counts[bisect_left(self.bounds, value)] += count
         self.sum += value * count
 
-    def cumulative(self) -> list[tuple[str, float]]:
-        """(upper bound, observations at or below it), as Prometheus wants them."""
-        total = 0
-        result: list[tuple[str, float]] = []
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
-            total += count
-            result.append(("+Inf" if bound == float("inf") else str(float(bound)), total))
-        return result
+    @property
+    def total(self) -> int:
+        """Observations."""
+        return sum(self.counts)
 
 
 def one_two_five(limit: int) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from typing import Any
 
@@ -25,6 +24,7 @@ from fastllm.server.protocol import (
     TokenizeResponse,
 )
 from fastllm.server.state import STATE_KEY, Phase, ServerState
+from fastllm.server.stats import describe
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -92,24 +92,13 @@ async def version(request: web.Request) -> web.Response:
     return _json({"version": __version__})
 
 
+async def load(request: web.Request) -> web.Response:
+    """Requests accepted and not yet answered, for load balancers."""
+    return _json({"server_load": request.app[STATE_KEY].active_requests})
+
+
 async def stats(request: web.Request) -> web.Response:
-    """`engine` is null until the model is loaded."""
-    state = request.app[STATE_KEY]
-    return _json(
-        {
-            "phase": state.phase.value,
-            "uptime_s": round(time.monotonic() - state.started, 3),
-            "load_progress": state.load_progress,
-            "active_requests": state.active_requests,
-            "active_sequences": state.active_sequences,
-            "engine": _numbers(state.llm.stats()) if state.loaded else None,
-        }
-    )
-
-
-def _numbers(snapshot: object) -> dict[str, int | float | bool]:
-    values = {name: getattr(snapshot, name) for name in dir(snapshot) if not name.startswith("_")}
-    return {name: value for name, value in values.items() if isinstance(value, (int, float, bool))}
+    return _json(describe(request.app[STATE_KEY]))
 
 
 async def tokenize(request: web.Request) -> web.Response:

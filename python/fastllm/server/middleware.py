@@ -11,17 +11,17 @@ from contextvars import ContextVar
 
 from aiohttp import web
 
-from fastllm.server.errors import ApiError, from_http_exception, internal_error
-from fastllm.server.state import STATE_KEY
+from fastllm.server.errors import ApiError, api_error, from_http_exception, internal_error
+from fastllm.server.json_log import ACCESS_LOGGER, escape
+from fastllm.server.state import STATE_KEY, ServerState
 
-access_log = logging.getLogger("fastllm.access")
+access_log = logging.getLogger(ACCESS_LOGGER)
+refusal_log = logging.getLogger("fastllm.refused")
 logger = logging.getLogger("fastllm.server")
 
 # Set by the outermost middleware for the task that answers the request.
 _request_id: ContextVar[str] = ContextVar("request_id")
 _VALID_ID = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
-# Asked every second by probes and scrapers: not worth a line each.
-_QUIET_PATHS = frozenset({"/live", "/health", "/ready", "/ping", "/metrics", "/stats"})
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -29,6 +29,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def current_request_id() -> str:
     """The id of the request this task answers; a fresh one where the middleware was never reached."""
     return _request_id.get("") or uuid.uuid4().hex
+
+
+def known_request_id() -> str:
+    """The id of the request this task answers, or "" outside of requests."""
+    return _request_id.get("")
 
 
 def harmless_id(given: str | None) -> str | None:
@@ -43,33 +48,62 @@ async def outermost(request: web.Request, handler: Handler) -> web.StreamRespons
     _request_id.set(request_id)
     start = time.monotonic()
     status = 499  # the client went away before there was an answer
+    size = 0
+    error: ApiError | None = None
     try:
         try:
             state.keys.check(request)
             response = await handler(request)
         except ApiError as exc:
-            response = exc.response()
+            error, response = exc, exc.response()
         except web.HTTPException as exc:
+            error = api_error(exc, request)
             response = from_http_exception(exc, request)
         except ConnectionError:
             raise
         except Exception:
             logger.exception("request %s failed", request_id)
-            response = internal_error().response()
+            error = internal_error()
+            response = error.response()
         status = response.status
+        size = response.content_length or (response.body_length if response.prepared else 0)
         if not response.prepared:
             response.headers["X-Request-Id"] = request_id
         return response
     finally:
-        if state.log_requests and request.path not in _QUIET_PATHS:
-            milliseconds = (time.monotonic() - start) * 1e3
-            # repr keeps control characters of the path out of the log
-            access_log.info(
-                "%s %s %s %d %.0f ms id=%s",
-                request.remote,
-                request.method[:16],
-                repr(request.path[:200])[1:-1],
-                status,
-                milliseconds,
-                request_id,
-            )
+        seconds = time.monotonic() - start
+        resource = request.match_info.route.resource
+        handler_name = resource.canonical if resource is not None else "none"
+        state.http.answered(handler_name, request.method, status, seconds, request.content_length or 0, size)
+        _log(state, request, status, seconds, request_id, error)
+
+
+def _log(
+    state: ServerState, request: web.Request, status: int, seconds: float, request_id: str, error: ApiError | None
+) -> None:
+    if error is not None:
+        state.http.refused(error.body.code or error.body.type)
+    if error is None and (not state.log_requests or request.path in state.quiet_paths):
+        return
+    remote, method, path = request.remote or "unix", request.method[:16], escape(request.path[:200])
+    milliseconds = round(seconds * 1e3, 1)
+    fields = {"remote": remote, "method": method, "path": path, "status": status, "ms": milliseconds}
+    if error is None:
+        access_log.info(
+            "%s %s %s %d %.0f ms id=%s",
+            remote,
+            method,
+            path,
+            status,
+            milliseconds,
+            request_id,
+            extra={"fields": fields},
+        )
+        return
+    fields["reason"] = error.reason
+    refusal_log.log(
+        logging.WARNING if status >= 500 else logging.INFO,
+        "%s %s %s %d %.0f ms id=%s refused: %s",
+        *(remote, method, path, status, milliseconds, request_id, error.reason),
+        extra={"fields": fields},
+    )

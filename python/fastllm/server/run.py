@@ -9,16 +9,19 @@ import os
 import ssl
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from fastllm.environment import without_effect
 from fastllm.server.args import limits_from, make_parser
+from fastllm.server.help_pages import show_help
 
 if TYPE_CHECKING:
     from fastllm.async_llm import AsyncLLM
     from fastllm.server.app import Server
     from fastllm.server.state import ServerState
+    from fastllm.server.tls import TlsFiles
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -30,11 +33,13 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "fastllm serve", posi
     """
     try:
         parser = make_parser(prog, positional_model=positional_model)
-        args = parser.parse_args(argv)
+        given = list(sys.argv[1:] if argv is None else argv)
+        topic = next((argument[len("--help=") :] for argument in given if argument.startswith("--help=")), None)
+        if topic is not None:
+            return show_help(parser, topic)
+        args = parser.parse_args(given)
         if positional_model and args.model_tag:
             args.model = args.model_tag
-        if bool(args.ssl_keyfile) != bool(args.ssl_certfile):
-            parser.error("--ssl-keyfile and --ssl-certfile go together")
         return run_server(args, parser)
     except KeyboardInterrupt:  # before the server takes its signals
         return 130
@@ -44,16 +49,25 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     from fastllm.engine_args import EngineArgs
     from fastllm.errors import BAD_MODEL, FastllmError, LoadError
     from fastllm.server.app import STOPPED_AT_ONCE, Server
-    from fastllm.server.state import ServerState
+    from fastllm.server.cors import Cors
+    from fastllm.server.housekeeping import Housekeeping
+    from fastllm.server.json_log import Logs
+    from fastllm.server.middleware import known_request_id
+    from fastllm.server.tls import TlsRefresh
 
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         engine_args = EngineArgs.from_cli_args(args)
-        context = _ssl_context(args)
-    except OSError as exc:
-        parser.error(f"the TLS certificate or key cannot be read: {exc.strerror or exc}")
-    except ValueError as exc:
+        tls = _tls_files(args)
+        context = tls.context() if tls else None
+        cors = Cors(args.allowed_origins, args.allowed_methods, args.allowed_headers, args.allow_credentials)
+    except (ValueError, OSError) as exc:
         parser.error(str(exc))
+    logs = Logs(
+        level=args.log_level,
+        access_level=args.uvicorn_log_level,
+        format=args.log_format,
+        request_id=known_request_id,
+    )
 
     def load(state: ServerState) -> AsyncLLM:
         from fastllm.async_llm import AsyncLLM
@@ -64,14 +78,24 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
     async def serve() -> int:
         nonlocal server
-        keys = [*args.api_key, os.environ.get("FASTLLM_API_KEY", ""), os.environ.get("VLLM_API_KEY", "")]
-        state = ServerState(
-            limits=limits_from(args),
-            api_keys=keys,
-            response_role=args.response_role,
-            log_requests=args.log_requests,
+        state = _state(args)
+        chores: list[Callable[[], object]] = [logs.report_floods]
+        if tls and context and args.enable_ssl_refresh:
+            chores.append(TlsRefresh(tls, context).check)
+        housekeeping = Housekeeping(
+            state,
+            stats_interval=args.log_stats_interval,
+            log_stats=not args.disable_log_stats,
+            each_second=tuple(chores),
         )
-        server = Server(state, partial(load, state), root_path=args.root_path, console=args.console)
+        server = Server(
+            state,
+            partial(load, state),
+            root_path=args.root_path,
+            console=args.console,
+            cors=cors,
+            housekeeping=housekeeping,
+        )
         return await _serve(args, state, server, context)
 
     try:
@@ -80,8 +104,10 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         print(f"model error: {exc}", file=sys.stderr)
         status = BAD_MODEL
     except (FastllmError, ValueError, OSError) as exc:
-        print(f"fastllm: {exc}", file=sys.stderr)
+        _speaker(args)(f"fastllm: {exc}")
         status = 1
+    finally:
+        logs.close()
     if status == STOPPED_AT_ONCE or (server is not None and server.loading):
         # Threads that still work sit in native code and must not meet an interpreter that is being torn down.
         sys.stdout.flush()
@@ -90,30 +116,55 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     return status
 
 
+def _state(args: argparse.Namespace) -> ServerState:
+    from fastllm.server.request_log import RequestLog
+    from fastllm.server.state import ServerState
+
+    return ServerState(
+        limits=limits_from(args),
+        api_keys=[*args.api_key, os.environ.get("FASTLLM_API_KEY", ""), os.environ.get("VLLM_API_KEY", "")],
+        response_role=args.response_role,
+        log_requests=not args.disable_uvicorn_access_log,
+        quiet_paths=frozenset(path.strip() for path in args.disable_access_log_for_endpoints.split(",")),
+        request_log=RequestLog(args.max_log_len) if args.enable_log_requests else None,
+        metric_aliases=args.metric_aliases,
+        force_include_usage=args.enable_force_include_usage,
+        sse_keep_alive_s=args.sse_keep_alive_interval,
+        scheduler_delay_s=args.scheduler_delay,
+        text_threads=args.tokenizer_pool_size or 2,
+    )
+
+
 async def _serve(args: argparse.Namespace, state: ServerState, server: Server, context: ssl.SSLContext | None) -> int:
     from fastllm.server.app import serve_until_signal
 
     start = time.monotonic()
+    say = _speaker(args)
     scheme = "https" if context else "http"
     host = f"[{args.host}]" if ":" in args.host else args.host
-    port = 0
+    address = ""
 
-    def on_listening(actual: int) -> None:
-        nonlocal port
-        port = actual
-        _say(f"fastllm {_version()}: loading {args.model}; listening on {scheme}://{host}:{port}")
-        if args.host not in _LOOPBACK and not state.keys:
-            _say("warning: everybody who reaches this address may use the model; --api-key closes it")
+    def on_listening(port: int) -> None:
+        nonlocal address
+        address = f"unix:{args.uds}" if args.uds else f"{scheme}://{host}:{port}"
+        say(f"fastllm {_version()}: loading {args.model}; listening on {address}")
+        if not args.uds and args.host not in _LOOPBACK and not state.keys:
+            say("warning: everybody who reaches this address may use the model; --api-key closes it")
+        ignored = without_effect()
+        if ignored:
+            say(f"variables without effect here: {', '.join(ignored)}")
 
     def on_ready(llm: AsyncLLM) -> None:
         for line in describe(llm, state):
-            _say(line)
-        _say(f"ready after {time.monotonic() - start:.1f} s: {scheme}://{host}:{port}/v1")
+            say(line)
+        path = "" if args.uds else "/v1"
+        say(f"ready after {time.monotonic() - start:.1f} s: {address}{path}")
 
     return await serve_until_signal(
         server,
         host=args.host,
         port=args.port,
+        uds=args.uds,
         shutdown_timeout=args.shutdown_timeout,
         ssl_context=context,
         on_listening=on_listening,
@@ -137,8 +188,16 @@ def describe(llm: AsyncLLM, state: ServerState) -> list[str]:
     ]
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _speaker(args: argparse.Namespace) -> Callable[[str], None]:
+    """Says the lines of start and stop: as they are, or as JSON like the rest of the log."""
+    if args.log_format == "json":
+        return logging.getLogger("fastllm.server").info
+
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")  # one write: the log's thread writes, too
+        sys.stderr.flush()
+
+    return say
 
 
 def _version() -> str:
@@ -147,10 +206,13 @@ def _version() -> str:
     return __version__
 
 
-def _ssl_context(args: argparse.Namespace) -> ssl.SSLContext | None:
+def _tls_files(args: argparse.Namespace) -> TlsFiles | None:
+    from fastllm.server.tls import TlsFiles
+
+    if bool(args.ssl_keyfile) != bool(args.ssl_certfile):
+        raise ValueError("--ssl-keyfile and --ssl-certfile go together")
     if not args.ssl_certfile:
+        if args.ssl_ca_certs or args.ssl_cert_reqs or args.ssl_ciphers or args.enable_ssl_refresh:
+            raise ValueError("the --ssl-* flags need --ssl-certfile and --ssl-keyfile")
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile)
-    return context
+    return TlsFiles(args.ssl_certfile, args.ssl_keyfile, args.ssl_ca_certs, args.ssl_cert_reqs, args.ssl_ciphers)

@@ -6,21 +6,27 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from fastllm.server.auth import ApiKeys
+from fastllm.server.batch_window import BatchWindow
 from fastllm.server.errors import ApiError
+from fastllm.server.http_metrics import HttpMetrics
 from fastllm.server.limits import Limits
 from fastllm.server.metrics import Metrics
+from fastllm.server.request_log import RequestLog
 
 if TYPE_CHECKING:
     from fastllm.async_llm import AsyncLLM
 
 logger = logging.getLogger("fastllm.server")
+
+# Asked every second by probes and scrapers: not worth a line each.
+QUIET_PATHS = frozenset({"/live", "/health", "/ready", "/ping", "/metrics", "/load", "/stats"})
 
 
 class Phase(enum.Enum):
@@ -37,18 +43,33 @@ class ServerState:
         api_keys: Sequence[str] = (),
         response_role: str = "assistant",
         log_requests: bool = True,
+        quiet_paths: Container[str] = QUIET_PATHS,
+        request_log: RequestLog | None = None,
+        metric_aliases: bool = False,
+        force_include_usage: bool = False,
+        sse_keep_alive_s: float = 0.0,
+        scheduler_delay_s: float = 0.0,
+        text_threads: int = 2,
     ) -> None:
+        """log_requests: a line per answered request, except for `quiet_paths`; refused ones always have one."""
         self.limits = limits or Limits()
         self.keys = ApiKeys(api_keys)
         self.response_role = response_role
         self.log_requests = log_requests
+        self.quiet_paths = quiet_paths
+        self.request_log = request_log
+        self.force_include_usage = force_include_usage
+        self.sse_keep_alive_s = sse_keep_alive_s
+        self.batch_window = BatchWindow(scheduler_delay_s)
         self.phase = Phase.LOADING
         self.load_progress: float | None = None  # 0 to 1 of the weights' bytes; written by the loading thread
         self.started = time.monotonic()
         self.created = int(time.time())
+        self.http = HttpMetrics()
         self.metrics: Metrics | None = None
+        self._metric_aliases = metric_aliases
         # Two threads: templates and long prompts never wait for the loop, and never take more than they need of it.
-        self.workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="fastllm-text")
+        self.workers = ThreadPoolExecutor(max_workers=text_threads, thread_name_prefix="fastllm-text")
         self.active_requests = 0  # accepted and not yet answered
         self.active_sequences = 0  # prompts * n of those
         self._idle = asyncio.Event()
@@ -60,7 +81,7 @@ class ServerState:
 
     def set_ready(self, llm: AsyncLLM) -> None:
         self._llm = llm
-        self.metrics = Metrics(llm)
+        self.metrics = Metrics(llm, self.http, aliases=self._metric_aliases)
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from contextlib import suppress
 
 import msgspec
 from aiohttp import web
@@ -24,6 +26,9 @@ class EventStream:
 
     def __init__(self, request: web.Request) -> None:
         self._request = request
+        self.silence_s = request.app[STATE_KEY].sse_keep_alive_s  # seconds until a comment is sent; 0: never
+        self._written_at = 0.0  # of the event loop's clock
+        self._keep_alive: asyncio.Task[None] | None = None
         self._timeout = request.app[STATE_KEY].limits.write_timeout_s
         self._response = web.StreamResponse(
             headers={
@@ -35,7 +40,30 @@ class EventStream:
         )
 
     async def open(self) -> None:
+        """Idempotent."""
+        if self._response.prepared:
+            return
         await self._response.prepare(self._request)
+        if self.silence_s:
+            self._keep_alive = asyncio.create_task(self._break_silence())
+
+    async def _break_silence(self) -> None:
+        """Comments, which proxies see and clients skip, while there is nothing to say."""
+        clock = asyncio.get_running_loop().time
+        with suppress(ConnectionError):  # the handler finds out by itself
+            while True:
+                wait = self._written_at + self.silence_s - clock()
+                if wait <= 0:
+                    await self._write(b": keep-alive\n\n")
+                    wait = self.silence_s
+                await asyncio.sleep(wait)
+
+    async def _end(self, data: bytes) -> web.StreamResponse:
+        if self._keep_alive is not None:
+            self._keep_alive.cancel()
+        await self._write(data)
+        await self._response.write_eof()
+        return self._response
 
     async def send(self, *chunks: msgspec.Struct) -> None:
         """One write, and one packet while they fit, for all the chunks of an update."""
@@ -45,6 +73,8 @@ class EventStream:
         transport = self._request.transport
         if transport is None:
             raise ConnectionResetError("the client is gone")
+        if self._keep_alive is not None:
+            self._written_at = asyncio.get_running_loop().time()
         if transport.get_write_buffer_size() < _STALL_BYTES:
             await self._response.write(data)
             return
@@ -60,11 +90,7 @@ class EventStream:
         if not isinstance(exc, ApiError):
             logger.error("request %s failed while streaming", current_request_id(), exc_info=exc)
             exc = internal_error()
-        await self._write(b"data: %b\n\n" % exc.payload())
-        await self._response.write_eof()
-        return self._response
+        return await self._end(b"data: %b\n\n" % exc.payload())
 
     async def done(self) -> web.StreamResponse:
-        await self._write(b"data: [DONE]\n\n")
-        await self._response.write_eof()
-        return self._response
+        return await self._end(b"data: [DONE]\n\n")
