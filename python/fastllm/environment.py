@@ -91,6 +91,21 @@ def cpu_threads(environ: Mapping[str, str] = os.environ) -> int:
     return min(int(match[0]), len(os.sched_getaffinity(0))) if match else 0
 
 
+def explain() -> str:
+    """The variables, for --help=environment."""
+    flags = {"keepalive_timeout_s": "keepalive-timeout"}
+    lines = ["Environment variables, FASTLLM_ before VLLM_; a flag on the command line or in --config wins:"]
+    lines += [f"  FASTLLM_{n}, VLLM_{n}: --{flags.get(d, d.replace('_', '-'))}" for n, (d, _) in _VARIABLES.items()]
+    lines += [
+        "  FASTLLM_API_KEY, VLLM_API_KEY: one more --api-key",
+        "  FASTLLM_CPU_KVCACHE_SPACE, VLLM_CPU_KVCACHE_SPACE: --kv-cache-memory-bytes on CPUs, in GiB",
+        "  VLLM_CPU_OMP_THREADS_BIND: --cpu-bind",
+        "  OMP_NUM_THREADS: --cpu-threads, unless --cpu-bind is given",
+        "  HF_HOME, HF_TOKEN, HF_HUB_OFFLINE: as the Hugging Face hub's library reads them",
+    ]
+    return "\n".join(lines)
+
+
 def without_effect(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Names of vLLM's variables that are set and mean nothing here."""
     known = _ALSO_READ | {f"VLLM_{name}" for name in _VARIABLES}

@@ -290,6 +290,7 @@ def test_variables_of_the_cpu_size_its_cache_and_threads(monkeypatch: pytest.Mon
         ("CORS", "--allowed-origins"),
         ("max-num", "--max-num-seqs"),
         ("refused", "--grpc: requests come over HTTP"),
+        ("environment", "FASTLLM_LOGGING_LEVEL, VLLM_LOGGING_LEVEL: --log-level"),
         ("all", "usage:"),
     ],
 )

@@ -70,7 +70,7 @@ class ApiError(Exception):
         """For logs: what was refused, without what the client wrote."""
         field = f" ({self.body.param})" if self.body.param else ""
         # These sentences are made of our own words and numbers.
-        sentence = f": {self.body.message}" if self.status in (401, 408, 413, 429) or self.status >= 500 else ""
+        sentence = f": {self.body.message}" if self.status in (401, 408, 413, 429, 503, 504) else ""
         return f"{self.body.code or self.body.type}{field}{sentence}"
 
     def payload(self) -> bytes:

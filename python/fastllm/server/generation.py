@@ -155,22 +155,22 @@ class UsageCounter:
 
 
 async def first_then_rest(
-    updates: AsyncGenerator[tuple[int, RequestOutput], None], events: EventStream
+    updates: AsyncGenerator[tuple[int, RequestOutput], None], events: EventStream | None = None
 ) -> AsyncIterator[tuple[int, RequestOutput]]:
     """Waits for the first update, so that a refusal of the engine is still an HTTP status and not an event.
 
-    With --sse-keep-alive-interval it waits no longer than that: then the stream opens, and comments fill the silence.
+    With --sse-keep-alive-interval it waits no longer than that: then `events` opens, and comments fill the silence.
     """
     waiting = asyncio.ensure_future(anext(updates))
     try:
-        await asyncio.wait({waiting}, timeout=events.silence_s or None)
+        await asyncio.wait({waiting}, timeout=(events and events.silence_s) or None)
     except asyncio.CancelledError:
         waiting.cancel()  # a generator cannot be closed while it runs
         await asyncio.gather(waiting, return_exceptions=True)
         raise
     if waiting.done():
         waiting.result()
-    else:
+    elif events is not None:
         await events.open()
 
     async def chain() -> AsyncIterator[tuple[int, RequestOutput]]:

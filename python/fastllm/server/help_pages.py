@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fastllm.refused_flags import explain
+from fastllm import environment, refused_flags
+
+_TOPICS = {"refused": refused_flags.explain, "environment": environment.explain}
 
 
 def show_help(parser: argparse.ArgumentParser, topic: str) -> int:
@@ -27,8 +29,8 @@ def _page(parser: argparse.ArgumentParser, topic: str) -> str | None:
         return parser.format_help()
     if topic == "listgroup":
         return "Groups of flags (--help=GROUP):\n" + "\n".join(f"  {group.title}" for group in groups)
-    if topic == "refused":
-        return explain()
+    if topic in _TOPICS:
+        return _TOPICS[topic]()
     for group in groups:
         if str(group.title).lower() == topic:
             return _section(parser, str(group.title), group.description, group._group_actions)

@@ -1,7 +1,7 @@
 """Metrics under the names of older guides and dashboards, for --metric-aliases.
 
-`vllm_*` are a guide's names of 2024; the rest are gauges that vLLM dropped. Averages are over the last window that
-`StatsWindow` closed, 0 where nothing happened in it.
+`vllm_*` are the names of a deployment guide; the rest are vLLM's own of before its v1. Averages are over the last
+window that `StatsWindow` closed, 0 where nothing happened in it.
 """
 
 from __future__ import annotations

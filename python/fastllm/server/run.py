@@ -101,7 +101,7 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     try:
         status = asyncio.run(serve())
     except LoadError as exc:
-        print(f"model error: {exc}", file=sys.stderr)
+        _speaker(args)(f"model error: {exc}")
         status = BAD_MODEL
     except (FastllmError, ValueError, OSError) as exc:
         _speaker(args)(f"fastllm: {exc}")
