@@ -61,6 +61,12 @@ constexpr std::array<std::pair<std::string_view, SchedulingPolicy>, 2> kPolicies
     {"priority", SchedulingPolicy::Priority},
 }};
 
+constexpr std::array<std::pair<std::string_view, EarlyStopping>, 3> kEarlyStopping{{
+    {"no", EarlyStopping::No},
+    {"yes", EarlyStopping::Yes},
+    {"never", EarlyStopping::Never},
+}};
+
 py::list ids_to_list(std::span<const std::int32_t> ids) {
   py::list out(ids.size());
   for (std::size_t i = 0; i < ids.size(); ++i) out[i] = py::int_(ids[i]);
@@ -135,6 +141,12 @@ WeightTransform transform_from_name(const std::string& name) { return from_name(
 CodeLayout layout_from_name(const std::string& name) { return from_name(kLayouts, name, "code layout"); }
 PreemptionMode preemption_from_name(const std::string& name) { return from_name(kPreemption, name, "preemption"); }
 SchedulingPolicy policy_from_name(const std::string& name) { return from_name(kPolicies, name, "policy"); }
+EarlyStopping early_stopping_from_name(const std::string& name) {
+  return from_name(kEarlyStopping, name, "early stopping");
+}
+const char* name_of(EarlyStopping stopping) {
+  return stopping == EarlyStopping::No ? "no" : stopping == EarlyStopping::Yes ? "yes" : "never";
+}
 const char* name_of(PreemptionMode mode) { return mode == PreemptionMode::Swap ? "swap" : "recompute"; }
 const char* name_of(SchedulingPolicy policy) { return policy == SchedulingPolicy::Priority ? "priority" : "fcfs"; }
 

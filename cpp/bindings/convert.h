@@ -23,7 +23,9 @@ WeightTransform transform_from_name(const std::string& name);
 CodeLayout layout_from_name(const std::string& name);
 PreemptionMode preemption_from_name(const std::string& name);
 SchedulingPolicy policy_from_name(const std::string& name);
+EarlyStopping early_stopping_from_name(const std::string& name);
 const char* name_of(PreemptionMode mode);
+const char* name_of(EarlyStopping stopping);
 const char* name_of(SchedulingPolicy policy);
 py::object finish_name(FinishReason reason);     // None while running
 py::object error_kind_name(ErrorKind kind);      // None without an error

@@ -84,6 +84,12 @@ void bind_types(py::module_& m) {
       .def_readwrite("ignore_eos", &SamplingParams::ignore_eos)
       .def_readwrite("stop_ids", &SamplingParams::stop_ids)
       .def_readwrite("logit_bias", &SamplingParams::logit_bias)
+      .def_readwrite("allowed_ids", &SamplingParams::allowed_ids)
+      .def_readwrite("bad_words", &SamplingParams::bad_words)
+      .def_readwrite("length_penalty", &SamplingParams::length_penalty)
+      .def_property(
+          "early_stopping", [](const SamplingParams& p) { return name_of(p.early_stopping); },
+          [](SamplingParams& p, const std::string& v) { p.early_stopping = early_stopping_from_name(v); })
       .def_readwrite("logprobs", &SamplingParams::logprobs)
       .def_readwrite("prompt_logprobs", &SamplingParams::prompt_logprobs);
 

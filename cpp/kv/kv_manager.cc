@@ -63,8 +63,8 @@ bool KvManager::reserve(BlockTable& table, SlotId slot, std::int64_t first_pos, 
   return true;
 }
 
-void KvManager::emit_table(const BlockTable& table, SlotId slot, StepPlan& plan) const {
-  for (std::size_t i = 0; i < table.blocks.size(); ++i) {
+void KvManager::emit_table(const BlockTable& table, SlotId slot, StepPlan& plan, std::size_t first) const {
+  for (std::size_t i = first; i < table.blocks.size(); ++i) {
     plan.table_sets.push_back({slot, static_cast<std::int32_t>(i), table.blocks[i]});
   }
 }
@@ -87,6 +87,22 @@ void KvManager::fork(const BlockTable& from, BlockTable& to, std::int64_t num_to
   to.root = to.tail = from.root;
   to.num_published = 0;
   for (BlockId block : to.blocks) device_.ref(block);
+}
+
+// What was published of `from` are the same tokens, so the chain goes on from there. Common blocks keep their counts.
+std::int32_t KvManager::share(const BlockTable& from, BlockTable& to) {
+  const auto [mine, theirs] = std::ranges::mismatch(to.blocks, from.blocks);
+  const auto first = mine - to.blocks.begin();
+  for (auto it = theirs; it != from.blocks.end(); ++it) device_.ref(*it);
+  while (std::ssize(to.blocks) > first) {
+    unref(to.blocks.back());
+    to.blocks.pop_back();
+  }
+  to.blocks.insert(to.blocks.end(), theirs, from.blocks.end());
+  to.root = from.root;
+  to.tail = from.tail;
+  to.num_published = from.num_published;
+  return static_cast<std::int32_t>(first);
 }
 
 void KvManager::release(BlockTable& table) {

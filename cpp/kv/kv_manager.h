@@ -67,13 +67,15 @@ class KvManager {
   // Makes these positions writable, or changes nothing and returns false. A shared block that holds first_pos is
   // copied; later ones are private already.
   bool reserve(BlockTable& table, SlotId slot, std::int64_t first_pos, std::int64_t num_tokens, StepPlan& plan);
-  // Tells a new slot about every block the table has.
-  void emit_table(const BlockTable& table, SlotId slot, StepPlan& plan) const;
+  // Tells a slot about the blocks of the table from index `first` on.
+  void emit_table(const BlockTable& table, SlotId slot, StepPlan& plan, std::size_t first = 0) const;
 
   // Publishes the full blocks among positions [0, min(num_computed, tokens.size())).
   void publish(BlockTable& table, std::span<const TokenId> tokens, std::int64_t num_computed);
   // Makes an empty table share the blocks that cover positions [0, num_tokens) of `from`.
   void fork(const BlockTable& from, BlockTable& to, std::int64_t num_tokens);
+  // Makes `to` share every block of `from`, in place of its own, and returns the first index where they differed.
+  std::int32_t share(const BlockTable& from, BlockTable& to);
   // Gives back device and host blocks, last first, so that cached chains are evicted from their ends.
   void release(BlockTable& table);
 

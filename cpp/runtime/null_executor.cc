@@ -11,6 +11,7 @@
 #include "base/hash.h"
 #include "base/slot_tables.h"
 #include "fastllm/error.h"
+#include "runtime/bad_words.h"
 
 namespace fastllm {
 namespace {
@@ -25,7 +26,8 @@ struct Slot {
   std::uint64_t seed = 0;
   std::int32_t num_prompt = 0;
   TokenId last_token = -1;
-  std::uint64_t history = 0;  // hash of prompt + output if penalties need them
+  std::uint64_t history = 0;           // hash of prompt + output if penalties need them
+  std::vector<std::uint32_t> allowed;  // one bit per id; empty: all
 };
 
 // A kSample row between the forward pass and the choice of its token.
@@ -128,7 +130,8 @@ class NullExecutor final : public Executor {
   void reset_slot(const SlotInit& init) {
     tables_.reset(init.slot);
     Slot& slot = slots_[index(init.slot)];
-    slot = {init.sampling, init.logits_processor, init.seed, init.num_prompt, -1, 0};
+    slot = {init.sampling, init.logits_processor, init.seed, init.num_prompt, -1, 0, {}};
+    if (!init.sampling->allowed_ids.empty()) slot.allowed = bits_of(init.sampling->allowed_ids, model_.vocab);
     for (TokenId token : init.tokens) add_history(slot, token);
   }
 
@@ -224,10 +227,19 @@ class NullExecutor final : public Executor {
         return -1;
       }
     }
+    std::vector<TokenId>& bad = forbidden_;
+    bad.clear();
+    const auto num_prompt = static_cast<std::size_t>(slot.num_prompt);
+    const auto tokens = sample.host_tokens;
+    append_completions(slot.sampling->bad_words,
+                       tokens.size() > num_prompt ? tokens.subspan(num_prompt) : tokens.first(0), bad);
     const bool ending_allowed = sample.end - slot.num_prompt >= slot.sampling->min_tokens;
     for (int tries = 0; tries < model_.vocab; ++tries) {
       const auto id = static_cast<std::size_t>(token);
-      const bool masked = !mask.empty() && !(mask[id / 32] >> (id % 32) & 1);
+      const auto excludes = [id](std::span<const std::uint32_t> bits) {
+        return !bits.empty() && !(bits[id / 32] >> (id % 32) & 1);
+      };
+      const bool masked = excludes(mask) || excludes(slot.allowed) || std::ranges::find(bad, token) != bad.end();
       if (!masked && (ending_allowed || !ends(*slot.sampling, token))) return token;
       token = token + 1 == model_.vocab ? 0 : token + 1;
     }
@@ -277,7 +289,8 @@ class NullExecutor final : public Executor {
   std::vector<Kv> device_, host_;  // [blocks, block_size]
   std::vector<Pending> ring_;      // by plan id
   std::vector<float> logits_;      // [vocab]
-  TimePoint device_free_at_{};     // when the simulated device has run everything submitted
+  std::vector<TokenId> forbidden_;
+  TimePoint device_free_at_{};  // when the simulated device has run everything submitted
 };
 
 }  // namespace

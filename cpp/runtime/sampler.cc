@@ -38,7 +38,7 @@ void Sampler::sample(const SampleTask& task, std::span<const std::uint32_t> mask
   assert(task.logits.rows() == static_cast<std::int64_t>(task.rows.size()));
   keep_raw_logits(task);
   run_processors(task, row_errors);
-  if (!task.plan.masked_rows.empty()) apply_masks(task, masks);
+  apply_masks(task, masks, row_errors);
   backend_.process_logits(task.logits, task.step);
   backend_.sample(task.logits, task.step);
 }
@@ -91,14 +91,35 @@ void Sampler::run_processors(const SampleTask& task, std::vector<std::pair<std::
   }
 }
 
-void Sampler::apply_masks(const SampleTask& task, std::span<const std::uint32_t> masks) {
+void Sampler::apply_masks(const SampleTask& task, std::span<const std::uint32_t> masks,
+                          std::vector<std::pair<std::int32_t, std::string>>& row_errors) {
+  const std::size_t words = (static_cast<std::size_t>(vocab_) + 31) / 32;
   masked_.clear();
-  for (const std::int32_t row : task.plan.masked_rows) {
-    const auto at = std::lower_bound(task.rows.begin(), task.rows.end(), row);
-    assert(at != task.rows.end() && *at == row);
-    masked_.push_back(static_cast<std::int32_t>(at - task.rows.begin()));
+  bits_.clear();
+  std::size_t next_mask = 0;
+  for (std::size_t i = 0; i < task.rows.size(); ++i) {
+    const SlotSampling& s = sampling_of(task, i);
+    const auto& with_mask = task.plan.masked_rows;
+    const bool is_masked = next_mask < with_mask.size() && with_mask[next_mask] == task.rows[i];
+    if (!is_masked && s.allowed.empty()) continue;
+    const std::size_t begin = bits_.size();
+    if (s.allowed.empty()) {
+      bits_.resize(begin + words, ~0u);
+    } else {
+      bits_.insert(bits_.end(), s.allowed.begin(), s.allowed.end());
+    }
+    const auto bits = std::span(bits_).subspan(begin);
+    if (is_masked) {
+      const auto mask = masks.subspan(next_mask++ * words, words);
+      for (std::size_t w = 0; w < words; ++w) bits[w] &= mask[w];
+    }
+    for (const TokenId id : s.forbidden) bits[static_cast<std::size_t>(id) / 32] &= ~(1u << (id % 32));
+    masked_.push_back(static_cast<std::int32_t>(i));
+    if (std::ranges::all_of(bits, [](std::uint32_t w) { return w == 0; })) {
+      row_errors.emplace_back(static_cast<std::int32_t>(i), "No token of the vocabulary is allowed here.");
+    }
   }
-  backend_.mask_logits(task.logits, masked_, masks);
+  if (!masked_.empty()) backend_.mask_logits(task.logits, masked_, bits_);
 }
 
 }  // namespace fastllm

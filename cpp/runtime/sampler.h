@@ -31,7 +31,7 @@ class Sampler {
   Sampler(Backend& backend, int vocab, int max_rows);
 
   // Keeps what logprobs() needs, runs processors and masks, and samples. masks: [masked_rows, ceil(vocab / 32)].
-  // Appends a sentence for every row whose processor failed: {index among rows, sentence}.
+  // Appends a sentence for every row whose processor failed or that has no token left: {index among rows, sentence}.
   void sample(const SampleTask& task, std::span<const std::uint32_t> masks,
               std::vector<std::pair<std::int32_t, std::string>>& row_errors);
   // Requests log-probabilities of the tokens sampled by the last sample(); appends the indexes among its rows.
@@ -40,13 +40,15 @@ class Sampler {
  private:
   void keep_raw_logits(const SampleTask& task);
   void run_processors(const SampleTask& task, std::vector<std::pair<std::int32_t, std::string>>& row_errors);
-  void apply_masks(const SampleTask& task, std::span<const std::uint32_t> masks);
+  void apply_masks(const SampleTask& task, std::span<const std::uint32_t> masks,
+                   std::vector<std::pair<std::int32_t, std::string>>& row_errors);
 
   Backend& backend_;
   int vocab_;
   std::unique_ptr<Buffer> raw_;         // [max_rows, vocab] F32: logits before anything changes them
   std::vector<std::int32_t> raw_rows_;  // rows of the logits copied there
   std::vector<std::int32_t> masked_;    // rows of the logits
+  std::vector<std::uint32_t> bits_;     // [masked_, words] what the plan's masks and the requests' lists allow
   std::vector<LogprobRequest> requests_;
   std::vector<float> host_logits_;  // [vocab]
 };

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "runtime/bad_words.h"
+
 namespace fastllm {
 
 SlotState::SlotState(int max_slots, int vocab, std::vector<TokenId> eos)
@@ -14,6 +16,8 @@ void SlotState::init(const SlotInit& slot) {
   s.logits_processor = slot.logits_processor;
   s.seed = slot.seed;
   s.num_prompt = slot.num_prompt;
+  s.allowed.clear();
+  if (!s.params->allowed_ids.empty()) s.allowed = bits_of(s.params->allowed_ids, vocab_);
   s.stops.clear();
   if (s.params->min_tokens > 0) {
     auto add = [&](TokenId id) {
@@ -24,8 +28,8 @@ void SlotState::init(const SlotInit& slot) {
   }
 }
 
-SampleRow SlotState::sample_row(SlotId slot, std::int64_t position) const {
-  const SlotSampling& s = sampling(slot);
+SampleRow SlotState::sample_row(SlotId slot, std::int64_t position, std::span<const TokenId> tokens) {
+  SlotSampling& s = sampling_[index(slot)];
   const SamplingParams& p = *s.params;
   SampleRow row;
   row.slot = slot;
@@ -39,7 +43,12 @@ SampleRow SlotState::sample_row(SlotId slot, std::int64_t position) const {
   row.penalised = needs_history(p);
   row.logit_bias = p.logit_bias;
   // Outputs before this one: position - num_prompt.
-  if (position - s.num_prompt < p.min_tokens) row.forbidden = s.stops;
+  s.forbidden.clear();
+  if (position - s.num_prompt < p.min_tokens) s.forbidden = s.stops;
+  const auto num_prompt = static_cast<std::size_t>(s.num_prompt);
+  append_completions(p.bad_words, tokens.size() > num_prompt ? tokens.subspan(num_prompt) : tokens.first(0),
+                     s.forbidden);
+  row.forbidden = s.forbidden;
   row.seed = s.seed;
   row.position = position;
   return row;

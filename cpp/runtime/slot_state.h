@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "backend/backend.h"
@@ -15,8 +16,10 @@ struct SlotSampling {
   std::shared_ptr<const SamplingParams> params;
   std::shared_ptr<LogitsProcessor> logits_processor;
   std::uint64_t seed = 0;
-  std::int32_t num_prompt = 0;  // tokens
-  std::vector<TokenId> stops;   // EOS and stop ids; empty unless min_tokens is set
+  std::int32_t num_prompt = 0;         // tokens
+  std::vector<TokenId> stops;          // EOS and stop ids; empty unless min_tokens is set
+  std::vector<std::uint32_t> allowed;  // one bit per id, see TokenMask; empty: all
+  std::vector<TokenId> forbidden;      // of the last sample_row()
 };
 
 class SlotState {
@@ -26,8 +29,9 @@ class SlotState {
   // A sequence moves in.
   void init(const SlotInit& slot);
   const SlotSampling& sampling(SlotId slot) const { return sampling_[index(slot)]; }
-  // How to sample the token at `position`. Borrows from the slot.
-  SampleRow sample_row(SlotId slot, std::int64_t position) const;
+  // How to sample the token at `position`, after `tokens` if the plan lends them. Borrows from the slot, until the next
+  // call for it.
+  SampleRow sample_row(SlotId slot, std::int64_t position, std::span<const TokenId> tokens);
 
  private:
   int vocab_;

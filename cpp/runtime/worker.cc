@@ -189,13 +189,17 @@ Step& Worker::begin_step(const StepPlan& plan, int padded) {
   sampled_.clear();
   last_.clear();
   sample_rows_.clear();
+  auto lent = plan.host_tokens.begin();
   for (std::size_t i = 0; i < plan.rows.size(); ++i) {
     const Row& r = plan.rows[i];
     rows_.push_back({r.token_begin, r.num_tokens, r.first_pos, r.slot, (r.flags & kFromSlot) != 0});
     if ((r.flags & kSample) == 0) continue;
     sampled_.push_back(static_cast<std::int32_t>(i));
     last_.push_back(r.token_begin + r.num_tokens - 1);
-    if (comm_.rank() == 0) sample_rows_.push_back(slots_.sample_row(r.slot, std::int64_t{r.first_pos} + r.num_tokens));
+    if (comm_.rank() != 0) continue;
+    const bool lends = lent != plan.host_tokens.end() && lent->row == static_cast<std::int32_t>(i);
+    const auto tokens = lends ? (lent++)->tokens : std::span<const TokenId>();
+    sample_rows_.push_back(slots_.sample_row(r.slot, std::int64_t{r.first_pos} + r.num_tokens, tokens));
   }
   StepInput input;
   input.table_sets = held_sets_;

@@ -5,6 +5,9 @@
 #include <cstdio>
 #include <string_view>
 
+#include "sched/beam_search.h"
+#include "sched/step_plan.h"
+
 namespace fastllm {
 namespace {
 
@@ -50,6 +53,26 @@ std::string prompt_error(const std::vector<TokenId>& prompt, const AdmissionLimi
   return check_ids("prompt", limits.vocab, prompt.begin(), prompt.end(), [](TokenId id) { return id; });
 }
 
+// Whether some token may always be sampled first.
+std::string choice_error(const SamplingParams& p, const AdmissionLimits& limits) {
+  const auto itself = [](TokenId id) { return id; };
+  if (std::string e = check_ids("allowed_ids", limits.vocab, p.allowed_ids.begin(), p.allowed_ids.end(), itself);
+      !e.empty()) {
+    return e;
+  }
+  for (const auto& word : p.bad_words) {
+    if (word.empty()) return "bad_words has a word without tokens.";
+    if (std::string e = check_ids("bad_words", limits.vocab, word.begin(), word.end(), itself); !e.empty()) return e;
+  }
+  const auto bad = [&](TokenId id) {
+    return std::ranges::any_of(p.bad_words, [&](const auto& word) { return word.size() == 1 && word[0] == id; });
+  };
+  if (!p.allowed_ids.empty() && std::ranges::all_of(p.allowed_ids, bad)) {
+    return "allowed_ids holds only tokens that bad_words forbids.";
+  }
+  return {};
+}
+
 std::string sampling_error(const SamplingParams& p, const AdmissionLimits& limits) {
   std::string error;
   const auto failed = [&error](std::string sentence) {
@@ -68,7 +91,6 @@ std::string sampling_error(const SamplingParams& p, const AdmissionLimits& limit
   if (failed(check_range("presence_penalty", p.presence_penalty, -2.0f, 2.0f))) return error;
   if (failed(check_range("frequency_penalty", p.frequency_penalty, -2.0f, 2.0f))) return error;
   if (failed(check_range("n", p.n, 1, limits.max_num_seqs))) return error;
-  if (p.beam_width != 0) return outside("beam_width", p.beam_width, "0: beam search is not available");
   if (p.max_tokens < 1) return outside("max_tokens", p.max_tokens, "at least 1");
   if (failed(check_range("min_tokens", p.min_tokens, 0, p.max_tokens))) return error;
   if (failed(check_range("logprobs", p.logprobs, -1, limits.max_logprobs))) return error;
@@ -84,7 +106,29 @@ std::string sampling_error(const SamplingParams& p, const AdmissionLimits& limit
   for (const auto& [id, bias] : p.logit_bias) {
     if (!std::isfinite(bias)) return outside("logit_bias of token id " + std::to_string(id), bias, "finite");
   }
-  return {};
+  return choice_error(p, limits);
+}
+
+std::string beam_error(const RequestInput& input, const AdmissionLimits& limits) {
+  const SamplingParams& p = input.sampling;
+  if (p.beam_width == 0) return {};
+  if (std::string error = check_range("beam_width", p.beam_width, p.n, limits.max_num_seqs); !error.empty()) {
+    return error;
+  }
+  if (!std::isfinite(p.length_penalty)) return outside("length_penalty", p.length_penalty, "finite");
+  const char* excluded = nullptr;
+  if (input.mask) excluded = "a token mask";
+  if (input.logits_processor) excluded = "a logits processor";
+  if (needs_history(p)) excluded = "repetition_penalty, presence_penalty or frequency_penalty";
+  if (!p.logit_bias.empty()) excluded = "logit_bias";
+  if (!p.allowed_ids.empty()) excluded = "allowed_ids";
+  if (!p.bad_words.empty()) excluded = "bad_words";
+  if (excluded) return std::string("A beam search compares raw log-probabilities, so it cannot use ") + excluded + ".";
+  const int num_ends = static_cast<int>(p.stop_ids.size()) + (p.ignore_eos ? 0 : limits.num_eos);
+  const int candidates = beam_candidates(p.beam_width, num_ends, limits.vocab);
+  if (candidates <= limits.max_logprobs) return {};
+  return "beam_width is " + std::to_string(p.beam_width) + ", which needs the log-probabilities of " +
+         std::to_string(candidates) + " tokens, but max_logprobs is " + std::to_string(limits.max_logprobs) + ".";
 }
 
 }  // namespace
@@ -92,6 +136,7 @@ std::string sampling_error(const SamplingParams& p, const AdmissionLimits& limit
 std::string admission_error(const RequestInput& input, const AdmissionLimits& limits) {
   if (std::string error = prompt_error(input.prompt, limits); !error.empty()) return error;
   if (std::string error = sampling_error(input.sampling, limits); !error.empty()) return error;
+  if (std::string error = beam_error(input, limits); !error.empty()) return error;
   if (input.adapter != -1) return outside("adapter", input.adapter, "-1: adapters are not available");
   if (input.mask && input.sampling.n != 1) return outside("n", input.sampling.n, "1 for a request with a token mask");
   return {};

@@ -14,6 +14,7 @@ struct AdmissionLimits {
   std::int64_t pool_tokens = 0;  // positions the whole KV pool holds
   int max_num_seqs = 0;
   int max_logprobs = 0;
+  int num_eos = 0;
 };
 
 // What is wrong with the request: a sentence naming the field, its value and the bound; empty if nothing is.

@@ -53,9 +53,29 @@ std::string broken_counters(const Sequence& s) {
            bound(s.state == SeqState::Running || s.kv.blocks.empty(), "blocks without running."),
            bound(s.state == SeqState::Swapped || s.kv.host_blocks.empty(), "host blocks without being swapped."),
            bound(!s.queued || s.inflight == 0, "queued with steps in flight."),
-           bound(s.state != SeqState::Swapped || s.queued == (s.inflight == 0), "swapped, but not in line."),
+           bound(s.state != SeqState::Swapped || s.queued == (s.inflight == 0 && !s.parked), "swapped, not in line."),
+           bound(!s.parked || (s.req->beams && !s.queued && s.inflight == 0), "parked, but in line or in flight."),
+           bound(s.stale_from < 0 || s.state == SeqState::Running, "a stale table without a slot."),
        }) {
     if (!error.empty()) return error;
+  }
+  return {};
+}
+
+std::string broken_beams(const Request& request) {
+  const BeamGroup& group = *request.beams;
+  const std::string who = "Request " + std::to_string(request.id);
+  if (group.sequence_of.size() != group.search.num_beams() || group.rows.size() != group.sequence_of.size()) {
+    return who + " miscounts its beams.";
+  }
+  std::size_t parked = request.seqs.size() - group.sequence_of.size();  // those without a beam
+  parked += group.num_known;
+  for (const auto& seq : request.seqs) parked -= seq->parked;
+  if (parked != 0) return who + " parked other sequences than those that wait.";
+  for (const std::int32_t i : group.sequence_of) {
+    if (request.seqs.at(static_cast<std::size_t>(i))->num_output() != group.search.length()) {
+      return who + ": a beam is shorter than its search.";
+    }
   }
   return {};
 }
@@ -96,6 +116,7 @@ std::string broken_invariant(const Scheduler& scheduler) {
     requests[s.req].second += s.inflight;
     if (error.empty()) error = broken_counters(s);
     if (error.empty()) error = broken_table(s, kv);
+    if (error.empty() && s.req->beams && s.index == 0 && s.req->num_live > 0) error = broken_beams(*s.req);
   });
   if (!error.empty()) return error;
   for (const auto& [request, counts] : requests) {

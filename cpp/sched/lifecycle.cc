@@ -54,7 +54,8 @@ void Scheduler::add(RequestInput input, TimePoint arrival) {
   sampling->min_tokens = std::min(sampling->min_tokens, sampling->max_tokens);
   const PrefixNodeId root = kv_.root(input.cache_salt, input.adapter);
   const std::uint64_t arrival_number = next_arrival_++;
-  for (int i = 0; i < sampling->n; ++i) {
+  const int num_seqs = sampling->beam_width > 0 ? sampling->beam_width : sampling->n;
+  for (int i = 0; i < num_seqs; ++i) {
     auto seq = std::make_unique<Sequence>();
     seq->req = request.get();
     seq->index = i;
@@ -66,8 +67,9 @@ void Scheduler::add(RequestInput input, TimePoint arrival) {
     seq->times.arrival = arrival;
     request->seqs.push_back(std::move(seq));
   }
-  request->num_live = sampling->n;
-  request->sampling = std::move(sampling);
+  request->num_live = num_seqs;
+  request->sampling = sampling;
+  if (sampling->beam_width > 0) start_beams(*request, *sampling);
   num_live_seqs_ += request->num_live;
   ++num_unstarted_;
   if (request->deadline != TimePoint::max()) deadlines_.insert(request.get());
@@ -88,6 +90,7 @@ void Scheduler::abort_sequence(std::uint64_t id, int index, TimePoint now) {
   const auto it = live_.find(id);
   if (it == live_.end() || index < 0 || static_cast<std::size_t>(index) >= it->second->seqs.size()) return;
   Request& request = *it->second;
+  if (request.beams) return abort(id, now);  // none of its sequences is a result yet
   Sequence& seq = *request.seqs[static_cast<std::size_t>(index)];
   if (seq.state == SeqState::Finished) return;
   request.aborted = request.num_live == 1;
@@ -123,6 +126,7 @@ void Scheduler::on_result(const PlannedStep& step, const StepResult& result, Tim
     Request& request = *seq.req;
     --seq.inflight;
     --request.inflight;
+    if (seq.inflight == 0 && seq.state == SeqState::Draining) seq.state = SeqState::Waiting;
     if (row.flags & kPromptLogprobs) {
       for (std::int32_t i = 0; i < row.num_tokens; ++i) {
         if (plan.next_tokens[static_cast<std::size_t>(row.token_begin + i)] < 0) continue;
@@ -136,15 +140,15 @@ void Scheduler::on_result(const PlannedStep& step, const StepResult& result, Tim
         // The token came too late: an earlier one, the caller or an error ended the sequence.
       } else if (const std::string* error = find_error(result, sample)) {
         end_request(request, FinishReason::Error, ErrorKind::Invalid, *error, now);
+      } else if (request.beams) {
+        know_next(seq, result.logprobs.at(k), now);
       } else {
         apply_token(seq, result.tokens.at(k), plan.max_logprobs >= 0 ? &result.logprobs.at(k) : nullptr, now);
       }
       ++sample;
     }
-    if (seq.inflight == 0) {
-      if (seq.state == SeqState::Draining) seq.state = SeqState::Waiting;
-      if ((seq.state == SeqState::Waiting || seq.state == SeqState::Swapped) && !seq.queued) enqueue(seq);
-    }
+    const bool evicted = seq.state == SeqState::Waiting || seq.state == SeqState::Swapped;
+    if (evicted && seq.inflight == 0 && !seq.parked && !seq.queued) enqueue(seq);
     destroy_if_unused(request);
   }
 }
@@ -197,10 +201,7 @@ void Scheduler::finish(Sequence& seq, TimePoint now) {
     remove_running(seq);
     free_slot(seq);
   } else if (seq.state == SeqState::Swapped) {
-    --num_swapped_;
-    std::erase_if(swap_outs_, [&](const BlockCopy& copy) {
-      return std::ranges::find(seq.kv.host_blocks, copy.to) != seq.kv.host_blocks.end();
-    });
+    forget_swap(seq);
   }
   kv_.release(seq.kv);
   seq.state = SeqState::Finished;
@@ -209,9 +210,18 @@ void Scheduler::finish(Sequence& seq, TimePoint now) {
   --num_live_seqs_;
 }
 
+// Its blocks on the host are not wanted any more.
+void Scheduler::forget_swap(Sequence& seq) {
+  --num_swapped_;
+  std::erase_if(swap_outs_, [&](const BlockCopy& copy) {
+    return std::ranges::find(seq.kv.host_blocks, copy.to) != seq.kv.host_blocks.end();
+  });
+}
+
 void Scheduler::end_sequence(Sequence& seq, FinishReason reason, ErrorKind kind, const std::string& sentence,
                              TimePoint now) {
   finish(seq, now);
+  if (seq.index >= seq.req->sampling->n) return;  // a beam beyond the results
   TokenDelta& delta = new_delta(seq);
   delta.finish = reason;
   delta.error = sentence;
@@ -283,6 +293,7 @@ void Scheduler::remove_running(Sequence& seq) {
 void Scheduler::free_slot(Sequence& seq) {
   free_slots_.push_back(seq.slot);
   seq.slot = kNoSlot;
+  seq.stale_from = -1;
 }
 
 TokenDelta& Scheduler::new_delta(const Sequence& seq) {

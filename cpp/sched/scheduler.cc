@@ -12,6 +12,7 @@ Scheduler::Scheduler(const EngineConfig& config, ModelLimits model, const KvConf
   limits_.pool_tokens = kv_.device().num_usable() * kv_.block_size();
   limits_.max_num_seqs = config_.max_num_seqs;
   limits_.max_logprobs = config_.max_logprobs;
+  limits_.num_eos = static_cast<int>(model_.eos.size());
   watermark_ = watermark_blocks(kv_.device().num_usable());
   for (int slot = config_.max_num_seqs; slot-- > 0;) free_slots_.push_back(SlotId{slot});
 }
@@ -27,9 +28,12 @@ bool Scheduler::schedule(PlannedStep& step, TimePoint now) {
   chunks_.clear();
   budget_ = config_.max_step_tokens;
 
-  const bool preempted = plan_running(step);
-  wait_reason_ = WaitReason::Blocks;
-  if (!preempted || (decodes_.empty() && chunks_.empty())) wait_reason_ = plan_waiting(step, now);
+  do {
+    const bool preempted = plan_running(step);
+    wait_reason_ = WaitReason::Blocks;
+    if (!preempted || (decodes_.empty() && chunks_.empty())) wait_reason_ = plan_waiting(step, now);
+    // Beams that wait for a sibling may hold what it needs.
+  } while (decodes_.empty() && chunks_.empty() && steps_in_flight_ == 0 && !waiting_.empty() && preempt_parked());
 
   if (decodes_.empty() && chunks_.empty()) {
     // Admission lets everything in that fits the pool alone, so this is the safety net against waiting for ever.
@@ -56,16 +60,26 @@ bool Scheduler::plan_running(PlannedStep& step) {
     Sequence& seq = *running_[i];
     if (!can_plan(seq)) continue;
     const std::int32_t n = chunk_size(seq.to_compute(), config_.max_chunk, budget_, running_.size() - i - 1);
+    const std::size_t known_sets = step.plan.table_sets.size();
     while (!kv_.reserve(seq.kv, seq.slot, seq.num_computed, n, step.plan)) {
       Sequence& victim = *running_[pick_victim(running_.size(), i)];
       preempt(victim);
       preempted = true;
       if (&victim == &seq) return true;
     }
+    if (seq.stale_from >= 0) tell_table(seq, known_sets, step.plan);
     kv_.publish(seq.kv, seq.tokens, seq.num_computed + n);
     add_planned(seq, n, true);
   }
   return preempted;
+}
+
+// In place of what reserve() emitted since there were `known_sets`: an entry may stand in a plan only once.
+void Scheduler::tell_table(Sequence& seq, std::size_t known_sets, StepPlan& plan) {
+  plan.table_sets.resize(known_sets);
+  const std::int32_t first = std::min(seq.stale_from, seq.num_computed / kv_.block_size());
+  kv_.emit_table(seq.kv, seq.slot, plan, static_cast<std::size_t>(first));
+  seq.stale_from = -1;
 }
 
 // What the first that was not admitted lacks.
@@ -105,6 +119,7 @@ bool Scheduler::admit(Sequence& seq, PlannedStep& step, TimePoint now) {
     }
   }
   dequeue(seq);
+  seq.fork_of = -1;
   seq.state = SeqState::Running;
   seq.slot = free_slots_.back();
   free_slots_.pop_back();
@@ -132,6 +147,15 @@ bool Scheduler::admit(Sequence& seq, PlannedStep& step, TimePoint now) {
 // a plan, so a fork waits for the plan after the one that completes the prompt: rows are emitted, and prompt_submitted
 // is set, after admission.
 std::int32_t Scheduler::attach_kv(Sequence& seq) {
+  if (seq.fork_of >= 0) {
+    const Sequence& sibling = *seq.req->seqs[static_cast<std::size_t>(seq.fork_of)];
+    const std::int32_t shared = seq.num_tokens() - 1;
+    if (sibling.state == SeqState::Running && sibling.num_computed >= shared) {
+      kv_.fork(sibling.kv, seq.kv, shared);
+      return shared;
+    }
+    return kv_.match_prefix(seq.kv, seq.tokens);
+  }
   const Sequence& first = *seq.req->seqs[0];
   if (seq.index > 0 && seq.num_output() == 0 && first.state == SeqState::Running && first.prompt_submitted) {
     kv_.fork(first.kv, seq.kv, seq.num_prompt);
@@ -164,7 +188,14 @@ void Scheduler::preempt(Sequence& seq) {
     seq.prompt_submitted = false;
     seq.state = seq.inflight > 0 ? SeqState::Draining : SeqState::Waiting;
   }
-  if (seq.inflight == 0) enqueue(seq);
+  if (seq.inflight == 0 && !seq.parked) enqueue(seq);
+}
+
+bool Scheduler::preempt_parked() {
+  const auto last = std::find_if(running_.rbegin(), running_.rend(), [](const Sequence* s) { return s->parked; });
+  if (last == running_.rend()) return false;
+  preempt(**last);
+  return true;
 }
 
 // Only rows of sequences that ran before may move to the front: one admitted now may read blocks that a chunk of this
@@ -213,7 +244,7 @@ void Scheduler::emit_row(Sequence& seq, std::int32_t num_tokens, PlannedStep& st
       row.flags |= kMask;
       plan.masked_rows.push_back(row_index);
     }
-    if (request.logits_processor) plan.host_tokens.push_back({row_index, seq.tokens});
+    if (request.lends_host_tokens()) plan.host_tokens.push_back({row_index, seq.tokens});
   }
   if (end >= seq.num_prompt && !seq.prompt_submitted) {
     seq.prompt_submitted = true;

@@ -104,17 +104,28 @@ class Scheduler {
   bool admit(Sequence& seq, PlannedStep& step, TimePoint now);
   std::int32_t attach_kv(Sequence& seq);
   bool can_plan(const Sequence& seq) const;
+  void tell_table(Sequence& seq, std::size_t known_sets, StepPlan& plan);
   void preempt(Sequence& seq);
+  bool preempt_parked();
   void add_planned(Sequence& seq, std::int32_t num_tokens, bool was_running);
   void emit_rows(PlannedStep& step);
   void emit_row(Sequence& seq, std::int32_t num_tokens, PlannedStep& step);
   void emit_prompt_logprobs(Sequence& seq, Row& row, StepPlan& plan);
   void expire(TimePoint now);
 
+  // beams.cc: the sequences of a beam search
+  void start_beams(Request& request, SamplingParams& sampling);
+  void know_next(Sequence& seq, const PositionLogprobs& next, TimePoint now);
+  void advance_beams(Request& request, TimePoint now);
+  void branch(const Sequence& from, Sequence& to);
+  void leave_device(Sequence& seq);
+  void end_beams(Request& request, TimePoint now);
+
   // lifecycle.cc: from arrival to destruction
   void apply_token(Sequence& seq, TokenId token, const PositionLogprobs* logprobs, TimePoint now);
   FinishReason reason_to_stop(const Sequence& seq, TokenId token) const;
   void finish(Sequence& seq, TimePoint now);
+  void forget_swap(Sequence& seq);
   void end_sequence(Sequence& seq, FinishReason reason, ErrorKind kind, const std::string& sentence, TimePoint now);
   void end_request(Request& request, FinishReason reason, ErrorKind kind, const std::string& sentence, TimePoint now);
   void refuse(std::uint64_t id, ErrorKind kind, std::string sentence, TimePoint arrival);

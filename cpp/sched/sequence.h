@@ -9,12 +9,15 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/hash.h"
 #include "base/ids.h"
 #include "kv/kv_manager.h"
+#include "sched/beam_search.h"
 #include "sched/policy.h"
+#include "sched/step_plan.h"
 
 namespace fastllm {
 
@@ -47,6 +50,9 @@ struct Sequence {
   std::vector<PositionLogprobs> prompt_logprobs;  // read back, not yet delivered
   SlotId slot = kNoSlot;
   BlockTable kv;
+  std::int32_t stale_from = -1;     // first block of the table that the slot does not know yet; -1: it knows all
+  std::int32_t fork_of = -1;        // of a beam not yet resident: the sibling that has all its positions but the last
+  bool parked = false;              // of a beam search: its next tokens are known or it is no beam, so it must not run
   std::int32_t cached_tokens = -1;  // at first admission; -1 before it
   std::int32_t num_preemptions = 0;
   RequestTimes times;
@@ -56,12 +62,22 @@ struct Sequence {
   std::int32_t to_compute() const { return num_tokens() - num_computed; }
 };
 
+// The beams of a request. They advance together: when the next tokens of all are known.
+struct BeamGroup {
+  explicit BeamGroup(BeamRules rules) : search(std::move(rules)), rows(1) {}
+  BeamSearch search;
+  std::vector<std::int32_t> sequence_of = {0};  // [beams] index of the sequence that carries it
+  std::vector<PositionLogprobs> rows;           // [beams] next tokens
+  std::size_t num_known = 0;                    // rows
+};
+
 struct Request {
   std::uint64_t id = 0;
   std::shared_ptr<const SamplingParams> sampling;
   std::shared_ptr<TokenMask> mask;
   std::shared_ptr<LogitsProcessor> logits_processor;
-  std::vector<std::unique_ptr<Sequence>> seqs;  // [n]
+  std::vector<std::unique_ptr<Sequence>> seqs;  // [n], or one for each beam
+  std::unique_ptr<BeamGroup> beams;             // of a beam search
   std::int32_t num_live = 0;                    // sequences not Finished
   std::int32_t inflight = 0;                    // over all sequences
   std::int32_t token_limit = 0;                 // prompt + output tokens of a sequence
@@ -71,7 +87,9 @@ struct Request {
   TimePoint deadline = TimePoint::max();
 
   // Its tokens must all be known to the host before it is planned.
-  bool needs_host_tokens() const { return mask != nullptr || logits_processor != nullptr; }
+  bool needs_host_tokens() const { return mask || beams || lends_host_tokens(); }
+  // Sampling reads them.
+  bool lends_host_tokens() const { return logits_processor || has_phrases(*sampling); }
 };
 
 // The seed of sequence `index` of a request: sequence 0 is what a request with n = 1 samples.

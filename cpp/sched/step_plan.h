@@ -6,6 +6,7 @@
 // earlier row of the same step writes: identical prompts that arrive together share it).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -48,8 +49,8 @@ struct SlotInit {
   std::shared_ptr<LogitsProcessor> logits_processor;
 };
 
-// Rows with a LogitsProcessor are planned only when all their tokens are known to the host, which lends them here; the
-// span stays valid until the plan's result was applied.
+// Rows with a LogitsProcessor or bad words of several tokens are planned only when all their tokens are known to the
+// host, which lends them here; the span stays valid until the plan's result was applied.
 struct HostTokens {
   std::int32_t row = 0;             // index in StepPlan::rows
   std::span<const TokenId> tokens;  // prompt + output
@@ -105,6 +106,11 @@ struct StepResult {
 
 constexpr bool needs_history(const SamplingParams& p) {
   return p.repetition_penalty != 1.0f || p.presence_penalty != 0.0f || p.frequency_penalty != 0.0f;
+}
+
+// Bad words whose last token depends on those before it.
+inline bool has_phrases(const SamplingParams& p) {
+  return std::ranges::any_of(p.bad_words, [](const auto& word) { return word.size() > 1; });
 }
 
 }  // namespace fastllm

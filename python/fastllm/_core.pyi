@@ -61,7 +61,11 @@ class SamplingParams:
     min_tokens: int
     ignore_eos: bool
     stop_ids: list[int]
+    length_penalty: float
+    early_stopping: str  # "no" | "yes" | "never"
     logit_bias: list[tuple[int, float]]
+    allowed_ids: list[int]
+    bad_words: list[list[int]]
     logprobs: int
     prompt_logprobs: int
     def __init__(self, **fields: Any) -> None: ...

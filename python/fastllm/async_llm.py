@@ -27,7 +27,7 @@ from fastllm.tokenizer import Tokenizer
 
 log = logging.getLogger("fastllm")
 
-_LONG_PROMPT = 2000  # characters; longer ones are tokenised in a worker thread
+_LONG_TEXT = 2000  # characters; longer ones are tokenised in a worker thread
 _SLICE = 24  # samples handed out in one turn of the loop; each costs up to 0.2 ms until its event is written
 
 
@@ -137,7 +137,8 @@ class AsyncLLM:
         try:
             params = sampling_params.clone()
             text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
-            if isinstance(text, str) and len(text) > _LONG_PROMPT:
+            chars = len(text) if isinstance(text, str) else 0
+            if chars + sum(map(len, params.bad_words or ())) > _LONG_TEXT:
                 prepared = await asyncio.to_thread(self._client.prepare, prompt, params)
             else:
                 prepared = self._client.prepare(prompt, params)
@@ -251,10 +252,10 @@ def _report(report: StepReport, stream: _Stream, now: float) -> None:
         report.num_prompt_tokens += len(state.prompt_token_ids)
         report.num_cached_tokens += state.num_cached_tokens
         report.first_token_s.append(max(0.0, state.metrics.first_token_time - state.metrics.arrival_time))
-        if new > state.params.n:
+        if new > state.params.num_sequences:
             report.inter_token_s.append(((now - state.metrics.first_token_time) / (new - 1), new - 1))
     elif new:
-        report.inter_token_s.append(((now - stream.last_token_at) * state.params.n / new, new))
+        report.inter_token_s.append(((now - stream.last_token_at) * state.params.num_sequences / new, new))
     if new:
         stream.last_token_at, stream.num_reported = now, total
     if state.finished:

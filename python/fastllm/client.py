@@ -11,11 +11,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from fastllm import _core
+from fastllm.bad_words import bad_word_tokens
 from fastllm.config import ModelConfig, sampling_defaults
 from fastllm.device import choose_device, memory_line
 from fastllm.engine_args import EngineArgs
@@ -41,6 +42,7 @@ class PreparedPrompt:
     text: str | None
     token_ids: list[int]
     cache_salt: str = ""
+    bad_words: list[list[int]] = field(default_factory=list)
 
 
 class EngineClient:
@@ -159,8 +161,14 @@ class EngineClient:
                 f"This model's maximum context length is {limit} tokens. The prompt has {len(ids)} tokens, which "
                 "leaves no room for output. Shorten the prompt or set truncate_prompt_tokens."
             )
-        params.check_model(vocab_size=vocab, max_logprobs=self.core.config.max_logprobs)
+        params.check_model(
+            vocab_size=vocab,
+            max_logprobs=self.core.config.max_logprobs,
+            num_eos=len(self.model_config.eos_token_ids),
+        )
         prepared.token_ids = ids
+        if params.bad_words:
+            prepared.bad_words = bad_word_tokens(self.tokenizer, params.bad_words)
         return prepared
 
     def _parse(self, prompt: Any) -> PreparedPrompt:
@@ -194,7 +202,11 @@ class EngineClient:
         """Queues a prepared request. Raises ValueError if a live request has this id."""
         if request_id in self._by_name:
             raise ValueError(f"The request id {request_id!r} is in use by a live request.")
-        core_params = params.to_core(max_model_len=self.model_config.max_model_len, prompt_len=len(prompt.token_ids))
+        core_params = params.to_core(
+            max_model_len=self.model_config.max_model_len,
+            prompt_len=len(prompt.token_ids),
+            bad_words=prompt.bad_words,
+        )
         processor = core_processor(params.logits_processors) if params.logits_processors else None
         state = RequestState(
             request_id,

@@ -120,31 +120,18 @@ class LLM:
     def beam_search(self, prompts: Any, params: BeamSearchParams) -> list[BeamSearchOutput]:
         """The params.beam_width best sequences of each prompt, in the order of the prompts.
 
-        prompts: as in generate(). It looks at 2 * beam_width next tokens of each beam, which max_logprobs must allow.
+        prompts: as in generate(). One beam is one of the max_num_seqs sequences; max_logprobs must allow as many as there
+        are beams and end-of-sequence tokens, and limits the logprobs of a position, else 2 * beam_width.
         Raises ValueError for bad prompts or parameters before anything runs, and RequestError if the engine fails.
 
         >>> output = LLM("null").beam_search("Hello", BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True))[0]
         >>> [len(s.tokens) for s in output.sequences]
         [8, 8]
         """
-        config = self._client.model_config
-        allowed = self.engine_config.max_logprobs
-        candidates = min(2 * params.beam_width, config.vocab_size)
-        if candidates > allowed:
-            raise ValueError(
-                f"beam_width={params.beam_width} needs the log-probabilities of {candidates} tokens, but max_logprobs "
-                f"is {allowed}: load the model with max_logprobs={candidates} or more, or with -1 for all."
-            )
-        prepared = [self._client.prepare(prompt, SamplingParams()) for prompt in _as_batch(prompts)]
-        return beam.beam_search(
-            lambda batch, step: self.generate(batch, step, use_tqdm=False),
-            [TokensPrompt(prompt_token_ids=p.token_ids, cache_salt=p.cache_salt) for p in prepared],
-            params,
-            tokenizer=self._client.tokenizer,
-            eos_token_ids=config.eos_token_ids,
-            max_model_len=config.max_model_len,
-            num_candidates=candidates,
-        )
+        logprobs = min(2 * params.beam_width, self.model_config.vocab_size, self.engine_config.max_logprobs)
+        sampling = beam.sampling_params(params, logprobs)
+        outputs = self.generate(_as_batch(prompts), sampling, use_tqdm=False)
+        return [beam.beam_output(output, params, self._client.tokenizer) for output in outputs]
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached block that no request uses, and the peak of used blocks."""

@@ -35,10 +35,10 @@ class SequenceState:
     def num_chars(self) -> int:
         return self.detokenizer.num_chars if self.detokenizer else 0
 
-    def output(self, delta: bool) -> CompletionOutput:
+    def output(self, delta: bool, index: int) -> CompletionOutput:
         tokens, text = (self.given_tokens, self.given_text) if delta else (0, 0)
         result = CompletionOutput(
-            index=self.index,
+            index=index,
             text=self.detokenizer.text_from(text) if self.detokenizer else "",
             token_ids=self.token_ids[tokens:],
             cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
@@ -84,7 +84,7 @@ class RequestState:
                 IncrementalDetokenizer(tokenizer, params) if params.detokenize else None,
                 logprobs=None if params.logprobs is None else [],
             )
-            for index in range(params.n)
+            for index in range(params.n if params.use_beam_search else params.num_sequences)
         ]
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
@@ -101,7 +101,9 @@ class RequestState:
         """The next output, or None if there is nothing to say yet. Raises the request's error, if it has one."""
         if self.error is not None:
             raise self.error
-        if self.kind is RequestOutputKind.FINAL_ONLY:
+        if self.params.ranks:
+            chosen = self._best() if self.finished else []
+        elif self.kind is RequestOutputKind.FINAL_ONLY:
             chosen = self.sequences if self.finished else []
         elif self.kind is RequestOutputKind.DELTA:
             chosen = [s for s in self.sequences if s.has_news()]
@@ -114,11 +116,19 @@ class RequestState:
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             prompt_logprobs=self.prompt_logprobs,
-            outputs=[s.output(delta=self.kind is RequestOutputKind.DELTA) for s in chosen],
+            outputs=[
+                s.output(self.kind is RequestOutputKind.DELTA, rank if self.params.ranks else s.index)
+                for rank, s in enumerate(chosen)
+            ],
             finished=self.finished,
             num_cached_tokens=self.num_cached_tokens,
+            num_generated_tokens=self.num_generated_tokens,
             metrics=self.metrics,
         )
+
+    def _best(self) -> list[SequenceState]:
+        """The n samples to return, of the best_of that were made."""
+        return sorted(self.sequences, key=lambda s: -s.cumulative_logprob)[: self.params.n]
 
 
 class OutputProcessor:
@@ -196,10 +206,11 @@ class OutputProcessor:
             if sequence.finish_reason is not None:
                 sequence.detokenizer.finish()
         sequence.token_ids += tokens
-        if sequence.logprobs is not None:
+        if sequence.logprobs is not None or params.ranks:
             for position in delta.logprobs[: len(tokens)]:
                 sequence.cumulative_logprob += position[0][1]
-                sequence.logprobs.append(self._position(position))
+                if sequence.logprobs is not None:
+                    sequence.logprobs.append(self._position(position))
 
     def _position(self, position: _core.PositionLogprobs) -> PositionLogprobs:
         chosen, alternatives = position

@@ -73,7 +73,10 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """The samples of one request. prompt_logprobs: one entry per prompt token, None for the first."""
+    """The samples of one request. prompt_logprobs: one entry per prompt token, None for the first.
+
+    num_generated_tokens: so far, those of samples that are not returned included (best_of).
+    """
 
     request_id: str
     prompt: str | None
@@ -82,4 +85,5 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
     metrics: RequestMetrics = field(default_factory=RequestMetrics)

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from fastllm import LLM, BeamSearchParams, SamplingParams
-from fastllm.beam import BeamSearchOutput, BeamSearchSequence, beam_search, score
-from fastllm.outputs import CompletionOutput, Logprob, RequestOutput
+from fastllm.beam import BeamSearchOutput, BeamSearchSequence, score
 from fastllm.tokenizer import byte_tokenizer
 from tiny_models import FAMILIES, save_tiny_model
 
@@ -29,28 +28,102 @@ def tokens_of(outputs: Sequence[BeamSearchOutput]) -> list[list[list[int]]]:
     return [[s.tokens for s in output.sequences] for output in outputs]
 
 
-def test_sequences_and_scores_are_those_of_transformers(llama: Path, make_llm: Llm, seed: int) -> None:
+# num_beams, length_penalty, early_stopping, num_return_sequences
+SEARCHES = [
+    (4, 1.0, False, 4),
+    (4, 1.0, True, 2),
+    (4, 1.0, "never", 4),
+    (2, 0.0, False, 1),
+    (3, 2.0, False, 3),
+    (3, 2.0, "never", 1),
+    (3, -1.0, True, 3),
+    (6, 0.6, "never", 5),
+    (1, 1.0, False, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def eager_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny fp32 model of 40 ids with two that end: often enough that searches end early."""
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("eager_end")
+    family, fields = FAMILIES["llama"]
+    save_tiny_model((family, fields | {"vocab_size": 40, "bos_token_id": 37, "eos_token_id": [38, 39]}), folder)
+    return folder
+
+
+def test_twenty_prompts_give_the_sequences_and_scores_of_transformers(
+    eager_end: Path, make_llm: Llm, seed: int
+) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    prompts = random_prompts(seed, [1, 7, 16, 33])
-    outputs = make_llm(llama).beam_search(prompts, BeamSearchParams(beam_width=4, max_tokens=20, ignore_eos=True))
-    for prompt, output in zip(prompts, outputs, strict=True):
-        reference = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            num_beams=4,
-            num_return_sequences=4,
-            do_sample=False,
-            max_new_tokens=20,
-            return_dict_in_generate=True,
-            output_scores=True,
+    model = transformers.AutoModelForCausalLM.from_pretrained(eager_end, dtype=torch.float32)
+    llm = make_llm(eager_end)
+    prompts = random_prompts(seed, [1 + 2 * i for i in range(20)], 38)
+    steps, ended, close = 12, 0, 0
+    for width, penalty, early, count in SEARCHES:
+        params = SamplingParams(
+            n=count, best_of=width, use_beam_search=True, max_tokens=steps, temperature=0.0, logprobs=0
         )
-        assert [s.tokens for s in output.sequences] == reference.sequences.tolist()
-        scores = [score(s.cum_logprob, 20, 1.0) for s in output.sequences]
-        assert scores == pytest.approx(reference.sequences_scores.tolist(), abs=1e-4)
-        assert all(s.finish_reason == "length" and s.stop_reason is None for s in output.sequences)
+        params.length_penalty, params.early_stopping = penalty, early
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            reference = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                num_beams=width,
+                num_return_sequences=count,
+                length_penalty=penalty,
+                early_stopping=early,
+                do_sample=False,
+                max_new_tokens=steps,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+            expected = []
+            for row in reference.sequences[:, len(prompt) :].tolist():
+                end = next((i for i, token in enumerate(row) if token in (38, 39)), steps - 1)
+                expected.append(row[: end + 1])
+            found = [sample.token_ids for sample in output.outputs]
+            ended += sum(sample.finish_reason == "stop" for sample in output.outputs)
+            if width > 1:  # Transformers decodes greedily with one beam and scores nothing
+                scores = [score(s.cumulative_logprob or 0.0, len(s.token_ids), penalty) for s in output.outputs]
+                assert scores == pytest.approx(reference.sequences_scores.tolist(), abs=2e-5)
+            if found != expected:
+                close += 1  # equal to rounding: then the scores above are, too
+    assert ended > 100, "the model ends too seldom to test how searches end"
+    assert close <= 1, f"{close} of {len(SEARCHES) * len(prompts)} searches found other sequences"
+
+
+def test_beams_samples_and_ranked_samples_share_a_batch(eager_end: Path, make_llm: Llm, seed: int) -> None:
+    llm = make_llm(eager_end, max_num_seqs=9, num_gpu_blocks_override=40)
+    prompts = random_prompts(seed, [3, 9, 17, 30] * 3, 38)
+    kinds = [
+        SamplingParams(n=2, best_of=4, use_beam_search=True, max_tokens=10, temperature=0.0),
+        SamplingParams(n=3, max_tokens=10, seed=seed),
+        SamplingParams(n=2, best_of=5, max_tokens=10, seed=seed),
+    ]
+    params = [kinds[i % 3] for i in range(len(prompts))]
+    together = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, one, output in zip(prompts, params, together, strict=True):
+        alone = llm.generate([prompt], one, use_tqdm=False)[0]
+        assert [s.token_ids for s in output.outputs] == [s.token_ids for s in alone.outputs]
+        assert [s.index for s in output.outputs] == list(range(one.n))
+    assert llm.stats().used_blocks == 0 and llm.stats().block_leaks == 0
+
+
+def test_best_of_returns_the_samples_of_the_greatest_likelihood(llama: Path, make_llm: Llm, seed: int) -> None:
+    llm = make_llm(llama)
+    prompt = random_prompts(seed, [7])[0]
+    fields: dict[str, Any] = {"max_tokens": 8, "seed": seed, "ignore_eos": True}
+    every = llm.generate([prompt], SamplingParams(n=6, logprobs=0, **fields), use_tqdm=False)[0].outputs
+    best = llm.generate([prompt], SamplingParams(n=2, best_of=6, **fields), use_tqdm=False)[0]
+    ranked = sorted(every, key=lambda s: -(s.cumulative_logprob or 0.0))
+    assert [s.token_ids for s in best.outputs] == [s.token_ids for s in ranked[:2]]
+    assert [s.index for s in best.outputs] == [0, 1]
+    assert best.outputs[0].logprobs is None and best.outputs[0].cumulative_logprob is None
+    assert best.num_generated_tokens == 6 * 8
 
 
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0, -1.0])
@@ -112,67 +185,6 @@ def test_a_batch_gives_what_its_prompts_give_alone(
     assert all(len(output.sequences) == 3 for output in together)
 
 
-class TableModel:
-    """Logprobs drawn from a hash of the tokens so far; counts the batches it was asked for."""
-
-    def __init__(self, seed: int, vocab: int) -> None:
-        self.seed, self.vocab, self.batches = seed, vocab, 0
-
-    def logprobs(self, ids: Sequence[int]) -> list[float]:
-        source = random.Random(f"{self.seed} {list(ids)}")
-        weights = [source.expovariate(1.0) ** 2 for _ in range(self.vocab)]
-        return [math.log(w / sum(weights)) for w in weights]
-
-    def generate(self, prompts: Sequence[Any], params: SamplingParams) -> list[RequestOutput]:
-        self.batches += 1
-        outputs = []
-        for prompt in prompts:
-            ids = prompt["prompt_token_ids"]
-            ranked = sorted(enumerate(self.logprobs(ids)), key=lambda c: -c[1])[: params.logprobs]
-            position = {token: Logprob(logprob, rank) for rank, (token, logprob) in enumerate(ranked, 1)}
-            sample = CompletionOutput(0, "", [ranked[0][0]], logprobs=[position], finish_reason="length")
-            outputs.append(RequestOutput("", None, ids, None, [sample], True))
-        return outputs
-
-
-def plain_search(model: TableModel, prompt: list[int], params: BeamSearchParams, end: int) -> list[list[int]]:
-    """The same search, always to its last step."""
-    live, ended = [(0.0, prompt)], []
-    for _ in range(params.max_tokens):
-        grown = []
-        for total, ids in live:
-            best = sorted(enumerate(model.logprobs(ids)), key=lambda c: -c[1])[: 2 * params.beam_width]
-            grown += [(total + logprob, [*ids, token]) for token, logprob in best]
-        ended += [g for g in grown if g[1][-1] == end]
-        live = sorted((g for g in grown if g[1][-1] != end), reverse=True)[: params.beam_width]
-    every = sorted(
-        ended + live, key=lambda g: score(g[0], len(g[1]) - len(prompt), params.length_penalty), reverse=True
-    )
-    return [ids for _, ids in every[: params.beam_width]]
-
-
-@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 0.5, -0.5])
-def test_stopping_early_changes_no_result(length_penalty: float, seed: int) -> None:
-    model = TableModel(seed, vocab=9)
-    params = BeamSearchParams(3, 12, length_penalty=length_penalty, include_stop_str_in_output=True)
-    prompts = random_prompts(seed, [1] * 8 + [2] * 8 + [5] * 8, 8)
-    outputs = [
-        beam_search(
-            model.generate,
-            [{"prompt_token_ids": prompt}],
-            params,
-            tokenizer=byte_tokenizer(),
-            eos_token_ids=[8],
-            max_model_len=100,
-            num_candidates=6,
-        )[0]
-        for prompt in prompts
-    ]
-    assert tokens_of(outputs) == [plain_search(model, prompt, params, 8) for prompt in prompts]
-    if length_penalty <= 0:
-        assert model.batches < len(prompts) * params.max_tokens, "some search ended before its last step"
-
-
 def sequences_of_null(params: BeamSearchParams, **engine_args: Any) -> list[BeamSearchSequence]:
     with LLM("null", **engine_args) as llm:
         return llm.beam_search("Hello", params)[0].sequences
@@ -184,24 +196,21 @@ def test_the_context_ends_a_beam() -> None:
     assert [s.finish_reason for s in sequences] == ["length", "length"]
 
 
-def test_the_ending_token_is_left_out_unless_asked_for() -> None:
-    eos = byte_tokenizer().eos_token_id
-    model = TableModel(1, vocab=260)
-    model.logprobs = lambda ids: [-0.1 if i == eos else -9.0 - i for i in range(260)]  # type: ignore[method-assign]
-    for include, tail in ((False, []), (True, [eos])):
-        output = beam_search(
-            model.generate,
-            [{"prompt_token_ids": [72, 105]}],
-            BeamSearchParams(1, 5, include_stop_str_in_output=include),
-            tokenizer=byte_tokenizer(),
-            eos_token_ids=[eos],
-            max_model_len=100,
-            num_candidates=2,
-        )[0]
-        best = output.sequences[0]
-        assert best.tokens == [72, 105, *tail] and best.text == "Hi" + ("<|im_end|>" if include else "")
-        assert (best.finish_reason, best.stop_reason, best.cum_logprob) == ("stop", eos, -0.1)
-        assert [list(position) for position in best.logprobs] == [[eos, 0]]
+def test_the_ending_token_is_left_out_unless_asked_for(llama: Path, make_llm: Llm, seed: int) -> None:
+    llm, eos = make_llm(llama), 258
+    prompts = random_prompts(seed, [5] * 12)
+    found = 0
+    with_end = llm.beam_search(prompts, BeamSearchParams(4, 24, include_stop_str_in_output=True))
+    without = llm.beam_search(prompts, BeamSearchParams(4, 24))
+    for longer, shorter in zip(with_end, without, strict=True):
+        for one, other in zip(longer.sequences, shorter.sequences, strict=True):
+            assert one.cum_logprob == other.cum_logprob and len(one.logprobs) == len(other.logprobs)
+            ended = one.finish_reason == "stop"
+            assert one.tokens[-1:] == [eos] if ended else one.tokens == other.tokens
+            assert one.stop_reason == other.stop_reason == (eos if ended else None)
+            assert other.tokens == (one.tokens[:-1] if ended else one.tokens)
+            found += ended
+    assert found, "no beam ended"
 
 
 def test_temperature_keeps_the_scores_of_the_raw_logits() -> None:
@@ -217,7 +226,8 @@ def test_temperature_keeps_the_scores_of_the_raw_logits() -> None:
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be non-negative"),
         ({"length_penalty": math.nan}, "length_penalty must be a finite number"),
-        ({"beam_width": 11}, "max_logprobs is 20: load the model with max_logprobs=22 or more"),
+        ({"beam_width": 20}, "max_logprobs is 20: load the model with max_logprobs=21 or more"),
+        ({"early_stopping": "soon"}, "early_stopping must be false, true or"),
     ],
 )
 def test_bad_parameters_are_refused_with_a_sentence(fields: dict[str, Any], message: str) -> None:
@@ -226,8 +236,8 @@ def test_bad_parameters_are_refused_with_a_sentence(fields: dict[str, Any], mess
 
 
 def test_wider_beams_work_when_the_engine_allows_their_logprobs() -> None:
-    assert len(sequences_of_null(BeamSearchParams(10, 4, ignore_eos=True))) == 10
-    assert len(sequences_of_null(BeamSearchParams(11, 4, ignore_eos=True), max_logprobs=22)) == 11
+    assert len(sequences_of_null(BeamSearchParams(20, 4, ignore_eos=True))) == 20
+    assert len(sequences_of_null(BeamSearchParams(21, 4, ignore_eos=True), max_logprobs=21)) == 21
 
 
 @pytest.mark.parametrize("model", ["null", "llama"])

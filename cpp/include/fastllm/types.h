@@ -36,6 +36,13 @@ enum class ErrorKind : std::uint8_t {
   Engine,      // a fault inside
 };
 
+// When a beam search with all its results ends, as in Transformers' generate().
+enum class EarlyStopping : std::uint8_t {
+  No,     // when the best beam scores no better at its present length than the worst result
+  Yes,    // at once
+  Never,  // when no beam can score better at any length, if sums only fall
+};
+
 // How to choose the next token. The order is vLLM's: raw log-probabilities are taken first, then logit bias and
 // min_tokens, penalties, temperature, min_p, top_k, top_p.
 struct SamplingParams {
@@ -46,14 +53,19 @@ struct SamplingParams {
   float repetition_penalty = 1.0f;  // > 0; over prompt and output (CTRL, arXiv:1909.05858)
   float presence_penalty = 0.0f;    // [-2, 2]; over output
   float frequency_penalty = 0.0f;   // [-2, 2]; over output
-  int n = 1;                        // parallel samples that share the prompt's KV
-  int beam_width = 0;               // reserved for beam search; must be 0
+  int n = 1;                        // parallel samples that share the prompt's KV, or results of a beam search
+  int beam_width = 0;               // 0: sampling; else beams of a search whose n best sequences come at its end
+  float length_penalty = 1.0f;      // of a beam search: a score is the sum of log-probabilities / length ^ this
+  EarlyStopping early_stopping = EarlyStopping::No;  // of a beam search
   std::optional<std::uint64_t> seed;
   int max_tokens = 16;  // >= 1; output tokens
   int min_tokens = 0;   // output tokens before an EOS or stop id may be sampled
   bool ignore_eos = false;
   std::vector<TokenId> stop_ids;                      // end the sequence; kept in the output
   std::vector<std::pair<TokenId, float>> logit_bias;  // added to the raw logit
+  std::vector<TokenId> allowed_ids;                   // the only ids that may be sampled; empty: all
+  // Sequences that may not stand in the output, prompts do not count: none of their last ids is sampled after the rest.
+  std::vector<std::vector<TokenId>> bad_words;
   int logprobs = -1;         // top alternatives per output token; 0: the sampled one only; -1: off
   int prompt_logprobs = -1;  // the same for prompt tokens
 };

@@ -66,7 +66,22 @@ TEST(Admission, EverySentenceNamesFieldValueAndBound) {
       {[](auto& r) { r.sampling.frequency_penalty = nan; }, {"frequency_penalty", "nan"}},
       {[](auto& r) { r.sampling.n = 0; }, {"n is 0", "1", "8"}},
       {[](auto& r) { r.sampling.n = 9; }, {"n is 9", "1", "8"}},
-      {[](auto& r) { r.sampling.beam_width = 2; }, {"beam_width", "2"}},
+      {[](auto& r) { r.sampling.beam_width = 9; }, {"beam_width", "9", "8"}},
+      {[](auto& r) { r.sampling.beam_width = -1; }, {"beam_width", "-1"}},
+      {[](auto& r) { r.sampling.beam_width = 6; }, {"beam_width is 6", "max_logprobs is 5"}},
+      {[](auto& r) {
+         r.sampling.beam_width = 2;
+         r.sampling.length_penalty = nan;
+       },
+       {"length_penalty", "nan"}},
+      {[](auto& r) { r.sampling.allowed_ids = {3, 100}; }, {"allowed_ids[1]", "100"}},
+      {[](auto& r) { r.sampling.bad_words = {{1}, {2, -1}}; }, {"bad_words[1]", "-1"}},
+      {[](auto& r) { r.sampling.bad_words = {{}}; }, {"bad_words"}},
+      {[](auto& r) {
+         r.sampling.allowed_ids = {3, 4};
+         r.sampling.bad_words = {{3}, {5, 6}, {4}};
+       },
+       {"allowed_ids", "bad_words"}},
       {[](auto& r) { r.sampling.max_tokens = 0; }, {"max_tokens", "0", "1"}},
       {[](auto& r) { r.sampling.min_tokens = -1; }, {"min_tokens", "-1"}},
       {[](auto& r) { r.sampling.min_tokens = 17; }, {"min_tokens", "17", "16"}},
