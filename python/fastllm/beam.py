@@ -1,8 +1,8 @@
 """Beam search: the most likely continuations of a prompt instead of sampled ones.
 
-Names, defaults and what a sequence holds are those of vLLM's offline beam search; the search itself, its scores and when
-it ends are those of Transformers' generate(num_beams=...): cum_logprob / length ** length_penalty over the generated
-tokens, an ending token included. The engine searches: beams share the memory of the tokens they have in common.
+Names, defaults and what a sequence holds are those of vLLM's offline beam search; the search itself, its scores and
+when it ends are those of Transformers' generate(num_beams=...): cum_logprob / length ** length_penalty over the
+generated tokens, an ending token included. The engine searches: beams share the memory of what they have in common.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class BeamSearchParams:
     where the context ends. ignore_eos: end-of-sequence tokens do not end a beam. temperature: at least 0; above 0 a
     sampled token becomes one more candidate of each beam, log-probabilities stay those of the raw logits.
     length_penalty: above 0 favours longer sequences, below 0 shorter ones. include_stop_str_in_output: keep the token
-    that ended a sequence in its tokens and text. early_stopping: True ends the search with the first beam_width results,
-    False when the best beam looks no better than the worst of them, "never" when none can become so. Raises ValueError
-    naming the field, its value and what is allowed.
+    that ended a sequence in its tokens and text. early_stopping: True ends the search with the first beam_width
+    results, False when the best beam looks no better than the worst of them, "never" when none can become so. Raises
+    ValueError naming the field, its value and what is allowed.
     """
 
     beam_width: int

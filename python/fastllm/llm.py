@@ -11,7 +11,7 @@ from fastllm.beam import BeamSearchOutput, BeamSearchParams
 from fastllm.client import EngineClient
 from fastllm.engine_args import EngineArgs
 from fastllm.output_processor import RequestState
-from fastllm.outputs import RequestOutput, TokensPrompt
+from fastllm.outputs import RequestOutput
 from fastllm.progress import Progress
 from fastllm.sampling import RequestOutputKind, SamplingParams
 from fastllm.tokenizer import Tokenizer
@@ -120,9 +120,9 @@ class LLM:
     def beam_search(self, prompts: Any, params: BeamSearchParams) -> list[BeamSearchOutput]:
         """The params.beam_width best sequences of each prompt, in the order of the prompts.
 
-        prompts: as in generate(). One beam is one of the max_num_seqs sequences; max_logprobs must allow as many as there
-        are beams and end-of-sequence tokens, and limits the logprobs of a position, else 2 * beam_width.
-        Raises ValueError for bad prompts or parameters before anything runs, and RequestError if the engine fails.
+        prompts: as in generate(). One beam is one of the max_num_seqs sequences; max_logprobs must allow as many as
+        there are beams and end-of-sequence tokens, and limits the logprobs of a position, else 2 * beam_width. Raises
+        ValueError for bad prompts or parameters before anything runs, and RequestError if the engine fails.
 
         >>> output = LLM("null").beam_search("Hello", BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True))[0]
         >>> [len(s.tokens) for s in output.sequences]

@@ -35,10 +35,11 @@ class SamplingParams:
     repeatable. stop: strings that end the text; stop_token_ids: ids that end it. max_tokens: output tokens, None for
     what the context leaves. min_tokens: output tokens before any stop. logprobs, prompt_logprobs: alternatives per
     token, None is off. logits_processors: functions of (output_ids, logits) or (prompt_ids, output_ids, logits).
-    allowed_token_ids: the only ids that may be sampled. bad_words: texts that may not stand in the output, each alone or
-    after a space. use_beam_search: the n best sequences of best_of (or n) beams, all at the end; a score is the
+    allowed_token_ids: the only ids that may be sampled. bad_words: texts that may not stand in the output, each alone
+    or after a space. use_beam_search: the n best sequences of best_of (or n) beams, all at the end; a score is the
     cumulative log-probability over length ** length_penalty, and early_stopping (False, True or "never") says when the
-    search ends, as in Transformers. truncate_prompt_tokens: keep only the last so many prompt tokens; -1: what the model's limit allows.
+    search ends, as in Transformers. truncate_prompt_tokens: keep only the last so many prompt tokens; -1: what the
+    model's limit allows.
     Raises ValueError naming the field, its value and what is allowed.
     """
 

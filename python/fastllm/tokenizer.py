@@ -74,6 +74,10 @@ class Tokenizer:
         """The text of one token alone; bytes that are no character become U+FFFD. Special tokens are spelled out."""
         return self.backend.decode([token_id], skip_special_tokens=False)
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them; "" for ids it does not have."""
+        return [self.backend.id_to_token(token_id) or "" for token_id in ids]
+
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes one token stands for; empty for ids outside the vocabulary."""
         if token_id in self._added:

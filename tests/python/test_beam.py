@@ -13,7 +13,6 @@ import pytest
 
 from fastllm import LLM, BeamSearchParams, SamplingParams
 from fastllm.beam import BeamSearchOutput, BeamSearchSequence, score
-from fastllm.tokenizer import byte_tokenizer
 from tiny_models import FAMILIES, save_tiny_model
 
 Llm = Callable[..., LLM]
@@ -34,11 +33,9 @@ SEARCHES = [
     (4, 1.0, True, 2),
     (4, 1.0, "never", 4),
     (2, 0.0, False, 1),
-    (3, 2.0, False, 3),
     (3, 2.0, "never", 1),
     (3, -1.0, True, 3),
     (6, 0.6, "never", 5),
-    (1, 1.0, False, 1),
 ]
 
 
@@ -48,7 +45,8 @@ def eager_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("eager_end")
     family, fields = FAMILIES["llama"]
-    save_tiny_model((family, fields | {"vocab_size": 40, "bos_token_id": 37, "eos_token_id": [38, 39]}), folder)
+    ids = {"vocab_size": 40, "pad_token_id": 36, "bos_token_id": 37, "eos_token_id": [38, 39]}
+    save_tiny_model((family, fields | ids), folder)
     return folder
 
 
@@ -59,41 +57,41 @@ def test_twenty_prompts_give_the_sequences_and_scores_of_transformers(
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(eager_end, dtype=torch.float32)
     llm = make_llm(eager_end)
-    prompts = random_prompts(seed, [1 + 2 * i for i in range(20)], 38)
-    steps, ended, close = 12, 0, 0
+    batches = [random_prompts(seed + length, [length] * 5, 36) for length in (1, 8, 17, 33)]
+    prompts = [prompt for batch in batches for prompt in batch]
+    steps, ended, differ = 8, 0, 0
     for width, penalty, early, count in SEARCHES:
         params = SamplingParams(
             n=count, best_of=width, use_beam_search=True, max_tokens=steps, temperature=0.0, logprobs=0
         )
         params.length_penalty, params.early_stopping = penalty, early
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        for prompt, output in zip(prompts, outputs, strict=True):
+        sequences, scores = [], []
+        for batch in batches:
             reference = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                torch.tensor(batch),
+                attention_mask=torch.ones(len(batch), len(batch[0]), dtype=torch.long),
                 num_beams=width,
                 num_return_sequences=count,
                 length_penalty=penalty,
                 early_stopping=early,
                 do_sample=False,
                 max_new_tokens=steps,
-                pad_token_id=0,
                 return_dict_in_generate=True,
                 output_scores=True,
             )
-            expected = []
-            for row in reference.sequences[:, len(prompt) :].tolist():
-                end = next((i for i, token in enumerate(row) if token in (38, 39)), steps - 1)
-                expected.append(row[: end + 1])
-            found = [sample.token_ids for sample in output.outputs]
-            ended += sum(sample.finish_reason == "stop" for sample in output.outputs)
-            if width > 1:  # Transformers decodes greedily with one beam and scores nothing
-                scores = [score(s.cumulative_logprob or 0.0, len(s.token_ids), penalty) for s in output.outputs]
-                assert scores == pytest.approx(reference.sequences_scores.tolist(), abs=2e-5)
-            if found != expected:
-                close += 1  # equal to rounding: then the scores above are, too
+            sequences += reference.sequences[:, len(batch[0]) :].tolist()
+            scores += reference.sequences_scores.tolist()
+        samples = [sample for output in outputs for sample in output.outputs]
+        ended += sum(sample.finish_reason == "stop" for sample in samples)
+        found = [score(s.cumulative_logprob or 0.0, len(s.token_ids), penalty) for s in samples]
+        assert found == pytest.approx(scores, rel=1e-6, abs=2e-5)
+        for sample, row in zip(samples, sequences, strict=True):
+            end = next((i for i, token in enumerate(row) if token in (38, 39)), len(row) - 1)
+            differ += sample.token_ids != row[: end + 1]
     assert ended > 100, "the model ends too seldom to test how searches end"
-    assert close <= 1, f"{close} of {len(SEARCHES) * len(prompts)} searches found other sequences"
+    # Only sequences whose scores are equal to rounding may change places.
+    assert differ <= 2, f"{differ} sequences differ although their scores are equal"
 
 
 def test_beams_samples_and_ranked_samples_share_a_batch(eager_end: Path, make_llm: Llm, seed: int) -> None:
@@ -168,7 +166,7 @@ def test_a_wide_search_finds_what_brute_force_finds(
         {},
         {"enable_prefix_caching": False},
         {"async_scheduling": False},
-        {"max_num_seqs": 2},
+        {"max_num_seqs": 3},
         {"num_gpu_blocks_override": 16},
     ],
     ids=str,
@@ -196,9 +194,9 @@ def test_the_context_ends_a_beam() -> None:
     assert [s.finish_reason for s in sequences] == ["length", "length"]
 
 
-def test_the_ending_token_is_left_out_unless_asked_for(llama: Path, make_llm: Llm, seed: int) -> None:
-    llm, eos = make_llm(llama), 258
-    prompts = random_prompts(seed, [5] * 12)
+def test_the_ending_token_is_left_out_unless_asked_for(eager_end: Path, make_llm: Llm, seed: int) -> None:
+    llm = make_llm(eager_end)
+    prompts = random_prompts(seed, [5] * 12, 36)
     found = 0
     with_end = llm.beam_search(prompts, BeamSearchParams(4, 24, include_stop_str_in_output=True))
     without = llm.beam_search(prompts, BeamSearchParams(4, 24))
@@ -206,8 +204,8 @@ def test_the_ending_token_is_left_out_unless_asked_for(llama: Path, make_llm: Ll
         for one, other in zip(longer.sequences, shorter.sequences, strict=True):
             assert one.cum_logprob == other.cum_logprob and len(one.logprobs) == len(other.logprobs)
             ended = one.finish_reason == "stop"
-            assert one.tokens[-1:] == [eos] if ended else one.tokens == other.tokens
-            assert one.stop_reason == other.stop_reason == (eos if ended else None)
+            assert one.stop_reason == other.stop_reason == (one.tokens[-1] if ended else None)
+            assert one.stop_reason in (38, 39, None)
             assert other.tokens == (one.tokens[:-1] if ended else one.tokens)
             found += ended
     assert found, "no beam ended"

@@ -18,16 +18,13 @@ _INT64_MAX = (1 << 63) - 1
 
 # Field -> why it is refused when it is set to anything but null, false or its neutral value.
 UNSUPPORTED: dict[str, str] = {
-    "use_beam_search": "beam search",
-    "early_stopping": "beam search",
     "structured_outputs": "structured output",
     "guided_json": "structured output",
     "guided_regex": "structured output",
     "guided_choice": "structured output",
     "guided_grammar": "structured output",
-    "bad_words": "bad words",
-    "allowed_token_ids": "a list of allowed tokens",
     "logits_processors": "logits processors over HTTP",
+    "logprob_token_ids": "log-probabilities of chosen tokens",
     "prompt_embeds": "prompt embeddings",
     "kv_transfer_params": "KV transfer",
     "suffix": "a suffix (fill in the middle)",
@@ -35,7 +32,6 @@ UNSUPPORTED: dict[str, str] = {
     "functions": "tool calls",
     "function_call": "tool calls",
     "audio": "audio",
-    "documents": "documents",
 }
 
 
@@ -84,8 +80,6 @@ def check_fields(request: CommonRequest, limits: Limits) -> None:
         value = getattr(request, name, None)
         if value is not None and value is not False:
             raise bad_request(f"{name}: this server does not support {what} yet.", name, "unsupported_parameter")
-    if request.length_penalty not in (None, 1.0):
-        raise bad_request("length_penalty: this server does not support beam search yet.", "length_penalty")
     if request.response_format is not None and request.response_format.type != "text":
         raise bad_request(
             f"response_format: the type must be 'text', got {request.response_format.type[:40]!r}; structured output "
@@ -105,8 +99,11 @@ def _check_sizes(request: CommonRequest, limits: Limits) -> None:
     if not 1 <= n <= limits.max_n:
         bound = "at least 1" if n < 1 else f"at most {limits.max_n}"
         raise bad_request(f"n must be {bound}, got {n}.", "n")
-    if request.best_of is not None and request.best_of != n:
-        raise bad_request(f"best_of must equal n ({n}) or be left out, got {request.best_of}.", "best_of")
+    if request.best_of is not None and not n <= request.best_of <= limits.max_n:
+        bound = f"at least n ({n})" if request.best_of < n else f"at most {limits.max_n}"
+        raise bad_request(f"best_of must be {bound}, got {request.best_of}.", "best_of")
+    if request.best_of not in (None, n) and request.stream and not request.use_beam_search:
+        raise bad_request("best_of above n cannot be streamed: which samples are best is known at the end.", "best_of")
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > limits.max_stop_strings:
         raise bad_request(f"stop takes at most {limits.max_stop_strings} strings, got {len(stops)}.", "stop")
@@ -116,6 +113,10 @@ def _check_sizes(request: CommonRequest, limits: Limits) -> None:
         raise bad_request(f"A stop string takes at most {limits.max_stop_bytes} bytes.", "stop")
     _check_length("stop_token_ids", request.stop_token_ids, limits.max_stop_token_ids)
     _check_length("logit_bias", request.logit_bias, limits.max_logit_bias)
+    _check_length("bad_words", request.bad_words, limits.max_bad_words)
+    if any(len(word) > limits.max_bad_word_chars for word in request.bad_words or ()):
+        raise bad_request(f"A bad word takes at most {limits.max_bad_word_chars} characters.", "bad_words")
+    _check_length("allowed_token_ids", request.allowed_token_ids, limits.max_allowed_token_ids)
     for name in ("seed", "priority", "max_tokens", "min_tokens", "top_k", "prompt_logprobs", "truncate_prompt_tokens"):
         value = getattr(request, name)
         if value is not None and abs(value) > _INT64_MAX:
@@ -175,13 +176,24 @@ def split_prompts(request: CompletionRequest, limits: Limits) -> list[str | list
     return prompt  # type: ignore[return-value]
 
 
-def check_sequences(num_prompts: int, n: int, limits: Limits) -> int:
+def check_sequences(num_prompts: int, request: CommonRequest, limits: Limits) -> int:
+    """The sequences that will run."""
+    n = request.best_of or request.n or 1
     sequences = num_prompts * n
     if sequences > limits.max_sequences:
         raise bad_request(
             f"n * prompts must be at most {limits.max_sequences}, got {n} * {num_prompts} = {sequences}.", "n"
         )
     return sequences
+
+
+def check_priority(state: ServerState, priority: int | None) -> None:
+    if priority and state.llm.engine_config.policy != "priority":
+        raise bad_request(
+            f"priority must be 0 or left out, got {priority}: this server runs requests in the order they came "
+            "(--scheduling-policy priority changes that).",
+            "priority",
+        )
 
 
 def check_text_length(state: ServerState, chars: int, param: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from fastllm.server import chat, completions, info
+from fastllm.server import chat, completions, info, openapi
 from fastllm.server.auth import ROOT_PATH
 from fastllm.server.connection import Runner
 from fastllm.server.console.routes import add_console
@@ -71,6 +71,7 @@ def create_app(
         app.router.add_get(f"{prefix}/version", info.version)
         app.router.add_get(f"{prefix}/stats", info.stats)
         app.router.add_get(f"{prefix}/load", info.load)
+        app.router.add_get(f"{prefix}/openapi.json", openapi.handle)
     return app
 
 

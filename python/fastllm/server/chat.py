@@ -14,8 +14,8 @@ from fastllm.server import admission
 from fastllm.server.body import read_json
 from fastllm.server.completions import wire_id
 from fastllm.server.generation import Job, UsageCounter, accepted, collect, first_then_rest, run
-from fastllm.server.logprobs import chat_logprobs, prompt_logprobs
-from fastllm.server.params import sampling_params
+from fastllm.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from fastllm.server.params import output_room, sampling_params
 from fastllm.server.prompts import encode_messages, truncate_ids
 from fastllm.server.protocol import (
     AssistantMessage,
@@ -38,12 +38,13 @@ async def handle(request: web.Request) -> web.StreamResponse:
     body = await read_json(request, ChatRequest)
     admission.check_model(state, body.model)
     admission.check_fields(body, state.limits)
-    sequences = admission.check_sequences(1, body.n or 1, state.limits)
+    admission.check_priority(state, body.priority)
+    sequences = admission.check_sequences(1, body, state.limits)
     admission.check_open(state)
     admission.check_queue(state, sequences)
     with accepted(state, sequences):
         _, ids = await encode_messages(state, body, bool(body.add_special_tokens))
-        ids = truncate_ids(state, ids, body.truncate_prompt_tokens)
+        ids = truncate_ids(state, ids, body.truncate_prompt_tokens, output_room(body))
         admission.check_tokens(state, ids, "messages")
         job = Job(ids, sampling_params(state, body, len(ids), "messages"))
         call = _Call(state, body, job, wire_id("chatcmpl", request, body.request_id))
@@ -62,7 +63,9 @@ class _Call:
         self.id = id
         self.created = int(time.time())
         self.model = state.model_names[0]
-        self.role = state.response_role
+        self.names = TokenNames(state.llm.tokenizer, bool(body.return_tokens_as_token_ids))
+        continues = body.continue_final_message or body.add_generation_prompt is False
+        self.role = body.messages[-1].role if continues else state.response_role
         self.counter = UsageCounter([job])
 
     async def answer(self) -> bytes:
@@ -80,7 +83,6 @@ class _Call:
             for sample in output.outputs
         ]
         wants_prompt = self.body.prompt_logprobs is not None
-        tokenizer = self.state.llm.tokenizer
         return msgspec.json.encode(
             ChatResponse(
                 id=self.id,
@@ -89,7 +91,7 @@ class _Call:
                 choices=choices,
                 system_fingerprint=self.state.fingerprint,
                 usage=self.counter.usage(),
-                prompt_logprobs=prompt_logprobs(tokenizer, output.prompt_logprobs) if wants_prompt else None,
+                prompt_logprobs=prompt_logprobs(self.names, output.prompt_logprobs) if wants_prompt else None,
                 prompt_token_ids=self.job.prompt_ids if self.body.return_token_ids else None,
             )
         )
@@ -97,7 +99,7 @@ class _Call:
     def _logprobs(self, sample: CompletionOutput) -> ChatLogprobs | None:
         if not self.body.logprobs or sample.logprobs is None:
             return None
-        return chat_logprobs(self.state.llm.tokenizer, sample.token_ids, sample.logprobs, self.body.top_logprobs or 0)
+        return chat_logprobs(self.names, sample.token_ids, sample.logprobs, self.body.top_logprobs or 0)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None | UnsetType) -> ChatChunk:
         return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
@@ -117,6 +119,8 @@ class _Call:
             try:
                 opening = [ChatChunkChoice(index, Delta(self.role, "")) for index in range(self.body.n or 1)]
                 chunks = [self._chunk([choice], usage()) for choice in opening]
+                for chunk in chunks:
+                    chunk.prompt_token_ids = chunk.prompt_text = None
                 if self.body.return_token_ids:
                     chunks[0].prompt_token_ids = self.job.prompt_ids
                 await events.send(*chunks)
@@ -139,13 +143,17 @@ class _Call:
         """OpenAI's order: content while there is some, then an empty delta that carries the finish reason."""
         choices: list[ChatChunkChoice] = []
         logprobs = self._logprobs(sample) if sample.token_ids else None
-        token_ids = list(sample.token_ids) if self.body.return_token_ids and sample.token_ids else UNSET
-        if sample.text or logprobs is not None or token_ids is not UNSET:
+        token_ids = list(sample.token_ids) if self.body.return_token_ids and sample.token_ids else None
+        if sample.text or logprobs is not None or token_ids is not None:
             choices.append(ChatChunkChoice(sample.index, Delta(content=sample.text), logprobs, token_ids=token_ids))
         if sample.finish_reason is not None:
             choices.append(
                 ChatChunkChoice(
-                    sample.index, Delta(), finish_reason=sample.finish_reason, stop_reason=sample.stop_reason
+                    sample.index,
+                    Delta(),
+                    finish_reason=sample.finish_reason,
+                    stop_reason=sample.stop_reason,
+                    token_ids=None,
                 )
             )
         return choices

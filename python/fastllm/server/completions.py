@@ -16,9 +16,9 @@ from fastllm.outputs import CompletionOutput, RequestOutput
 from fastllm.server import admission
 from fastllm.server.body import read_json
 from fastllm.server.generation import Job, UsageCounter, accepted, collect, first_then_rest, run
-from fastllm.server.logprobs import completion_logprobs, prompt_logprobs
+from fastllm.server.logprobs import Position, TextPlace, TokenNames, completion_logprobs, prompt_logprobs
 from fastllm.server.middleware import harmless_id
-from fastllm.server.params import sampling_params
+from fastllm.server.params import output_room, sampling_params
 from fastllm.server.prompts import encode_prompt, prompt_text
 from fastllm.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse
 from fastllm.server.state import STATE_KEY, ServerState
@@ -38,7 +38,8 @@ async def handle(request: web.Request) -> web.StreamResponse:
     admission.check_model(state, body.model)
     admission.check_fields(body, state.limits)
     prompts = admission.split_prompts(body, state.limits)
-    sequences = admission.check_sequences(len(prompts), body.n or 1, state.limits)
+    admission.check_priority(state, body.priority)
+    sequences = admission.check_sequences(len(prompts), body, state.limits)
     admission.check_open(state)
     admission.check_queue(state, sequences)
     with accepted(state, sequences):
@@ -54,7 +55,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
 
 async def _job(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> Job:
     special = body.add_special_tokens is not False
-    ids = await encode_prompt(state, prompt, special, body.truncate_prompt_tokens)
+    ids = await encode_prompt(state, prompt, special, body.truncate_prompt_tokens, output_room(body))
     return Job(ids, sampling_params(state, body, len(ids), "prompt"), prompt_text(state, prompt) if body.echo else None)
 
 
@@ -69,7 +70,7 @@ class _Call:
         self.id = id
         self.created = int(time.time())
         self.model = state.model_names[0]
-        self.tokenizer = state.llm.tokenizer
+        self.names = TokenNames(state.llm.tokenizer, bool(body.return_tokens_as_token_ids))
         self.drop_output = bool(body.echo) and body.max_tokens == 0
         self.counter = UsageCounter(jobs)
 
@@ -86,7 +87,7 @@ class _Call:
             for sample in output.outputs:
                 choices.append(self._final_choice(number, job, output, sample))
         response = self._response(choices)
-        response.service_tier = None
+        response.service_tier = response.kv_transfer_params = response.ec_transfer_params = response.metrics = None
         response.system_fingerprint = self.state.fingerprint
         response.usage = self.counter.usage()
         return msgspec.json.encode(response)
@@ -105,32 +106,36 @@ class _Call:
         if self.body.echo:
             choice.text = (job.text or "") + text
         if self.body.logprobs is not None:
-            lead = self._prompt_part(job, output) if self.body.echo else None
-            choice.logprobs = self._logprobs(tokens, positions, _end(lead))
+            place = TextPlace()
+            lead = self._prompt_part(job, output, place) if self.body.echo else None
+            choice.logprobs = self._logprobs(tokens, positions, place)
             if lead is not None:
                 _extend(lead, choice.logprobs)
                 choice.logprobs = lead
+        choice.routed_experts = None
         wants_prompt = self.body.prompt_logprobs is not None
-        choice.prompt_logprobs = prompt_logprobs(self.tokenizer, output.prompt_logprobs) if wants_prompt else None
+        choice.prompt_logprobs = prompt_logprobs(self.names, output.prompt_logprobs) if wants_prompt else None
         if self.body.return_token_ids:
             choice.token_ids = tokens
             choice.prompt_token_ids = job.prompt_ids
         return choice
 
-    def _logprobs(self, tokens: Sequence[int], positions: Sequence[object], offset: int) -> CompletionLogprobs:
-        return completion_logprobs(self.tokenizer, tokens, positions, self.body.logprobs or 0, offset)  # type: ignore[arg-type]
+    def _logprobs(
+        self, tokens: Sequence[int], positions: Sequence[Position | None], place: TextPlace
+    ) -> CompletionLogprobs:
+        return completion_logprobs(self.names, tokens, positions, self.body.logprobs or 0, place)
 
-    def _prompt_part(self, job: Job, output: RequestOutput) -> CompletionLogprobs:
+    def _prompt_part(self, job: Job, output: RequestOutput, place: TextPlace) -> CompletionLogprobs:
         positions = output.prompt_logprobs or [None] * len(job.prompt_ids)
-        return self._logprobs(job.prompt_ids, positions, 0)
+        return self._logprobs(job.prompt_ids, positions, place)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         options = self.body.stream_options
         include_usage = self.state.force_include_usage or bool(options and options.include_usage)
         continuous = include_usage and bool(options and options.continuous_usage_stats)
         events = EventStream(request)
-        offsets = [0] * (len(self.jobs) * self.n)  # characters of each choice so far
-        started = [False] * len(offsets)
+        places = [TextPlace() for _ in range(len(self.jobs) * self.n)]  # of each choice
+        started = [False] * len(places)
         async with aclosing(run(self.state, self.jobs, self.id, self.body)) as updates:
             rest = await first_then_rest(updates, events)
             await events.open()
@@ -140,7 +145,7 @@ class _Call:
                     usage = self.counter.usage() if continuous else None if include_usage else UNSET
                     chunks: list[CompletionResponse] = []
                     for sample in output.outputs:
-                        choice = self._delta_choice(number, output, sample, offsets, started)
+                        choice = self._delta_choice(number, output, sample, places, started)
                         if choice is not None:
                             chunks.append(self._response([choice]))
                             chunks[-1].usage = usage
@@ -158,7 +163,12 @@ class _Call:
         return await events.done()
 
     def _delta_choice(
-        self, number: int, output: RequestOutput, sample: CompletionOutput, offsets: list[int], started: list[bool]
+        self,
+        number: int,
+        output: RequestOutput,
+        sample: CompletionOutput,
+        places: list[TextPlace],
+        started: list[bool],
     ) -> CompletionChoice | None:
         """The choice of one chunk; none while its text is held back and nobody asked for tokens."""
         index = number * self.n + sample.index
@@ -172,13 +182,11 @@ class _Call:
             started[index] = True
             if self.body.echo:
                 choice.text = (job.text or "") + text
-                lead = self._prompt_part(job, output) if self.body.logprobs is not None else None
-                offsets[index] = _end(lead)
+                lead = self._prompt_part(job, output, places[index]) if self.body.logprobs is not None else None
             if self.body.return_token_ids:
                 choice.prompt_token_ids = job.prompt_ids
         if self.body.logprobs is not None and (tokens or lead):
-            part = self._logprobs(tokens, sample.logprobs or [], offsets[index])
-            offsets[index] = _end(part) if part.tokens else offsets[index]
+            part = self._logprobs(tokens, sample.logprobs or [], places[index])
             if lead is not None:
                 _extend(lead, part)
             choice.logprobs = lead or part
@@ -186,11 +194,6 @@ class _Call:
             choice.token_ids = tokens
         has_tokens = bool(tokens) and (self.body.logprobs is not None or bool(self.body.return_token_ids))
         return choice if choice.text or choice.finish_reason or has_tokens else None
-
-
-def _end(part: CompletionLogprobs | None) -> int:
-    """Where the text of these tokens ends, in characters."""
-    return part.text_offset[-1] + len(part.tokens[-1]) if part and part.tokens else 0
 
 
 def _extend(first: CompletionLogprobs, second: CompletionLogprobs) -> None:

@@ -139,10 +139,12 @@ class UsageCounter:
         self.prompt = sum(len(job.prompt_ids) for job in jobs)
         self.completion = 0
         self._cached = [0] * len(jobs)
+        self._ranks = jobs[0].params.ranks
 
     def add(self, number: int, output: RequestOutput) -> None:
-        for sample in output.outputs:
-            self.completion += len(sample.token_ids)
+        returned = sum(len(sample.token_ids) for sample in output.outputs)
+        # Samples that were made to choose from (best_of) count, and come with the last output.
+        self.completion += output.num_generated_tokens if self._ranks else returned
         self._cached[number] = output.num_cached_tokens or 0
 
     def usage(self) -> Usage:

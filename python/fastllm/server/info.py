@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -25,6 +27,8 @@ from fastllm.server.protocol import (
 )
 from fastllm.server.state import STATE_KEY, Phase, ServerState
 from fastllm.server.stats import describe
+
+T = TypeVar("T")
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -115,7 +119,7 @@ async def tokenize(request: web.Request) -> web.Response:
     else:
         ids = await encode_text(state, body.prompt or "", body.add_special_tokens is not False, "prompt")
     tokenizer = state.llm.tokenizer
-    pieces = [tokenizer.token_str(id) for id in ids] if body.return_token_strs else None
+    pieces = await _elsewhere(state, len(ids), tokenizer.pieces, ids) if body.return_token_strs else None
     return _json(TokenizeResponse(len(ids), state.llm.model_config.max_model_len, ids, pieces))
 
 
@@ -126,9 +130,12 @@ async def detokenize(request: web.Request) -> web.Response:
     admission.check_model(state, body.model)
     if body.tokens:
         admission.check_tokens(state, body.tokens, "tokens")
-    decode = state.llm.tokenizer.decode
-    if len(body.tokens) <= state.limits.inline_tokenize_chars:
-        text = decode(body.tokens, False)
-    else:
-        text = await asyncio.get_running_loop().run_in_executor(state.workers, decode, body.tokens, False)
-    return _json(DetokenizeResponse(text))
+    decode = partial(state.llm.tokenizer.decode, skip_special_tokens=False)
+    return _json(DetokenizeResponse(await _elsewhere(state, len(body.tokens), decode, body.tokens)))
+
+
+async def _elsewhere(state: ServerState, size: int, work: Callable[[list[int]], T], ids: list[int]) -> T:
+    """work(ids), on a worker if it may hold up the event loop."""
+    if size <= state.limits.inline_tokenize_chars:
+        return work(ids)
+    return await asyncio.get_running_loop().run_in_executor(state.workers, work, ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -27,21 +28,46 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else JSON_NEG_INF
 
 
-def _token_text(tokenizer: Tokenizer, token: int, entry: Logprob) -> str:
-    return entry.decoded_token if entry.decoded_token is not None else tokenizer.token_str(token)
+class TokenNames:
+    """What tokens are called on the wire. as_ids: "token_id:5" in place of texts, which several tokens may share."""
+
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self._as_ids = as_ids
+
+    def name(self, token: int, entry: Logprob | None = None) -> str:
+        return f"token_id:{token}" if self._as_ids else self.text(token, entry)
+
+    def text(self, token: int, entry: Logprob | None = None) -> str:
+        known = entry.decoded_token if entry is not None else None
+        return known if known is not None else self.tokenizer.token_str(token)
+
+    def bytes(self, token: int) -> bytes:
+        return self.tokenizer.token_bytes(token)
+
+
+class TextPlace:
+    """Where the next token of a choice begins in its text, in characters. Parts of a character begin where it does."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def pass_token(self, data: bytes) -> None:
+        self.offset += len(self._decoder.decode(data))
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[int], positions: Sequence[Position | None], top: int, offset: int
+    names: TokenNames, tokens: Sequence[int], positions: Sequence[Position | None], top: int, place: TextPlace
 ) -> CompletionLogprobs:
-    """`offset` is where the first token begins in the text, in characters; a position without values is null."""
+    """The tokens from `place` on, which is moved behind them; a position without values is null."""
     result = CompletionLogprobs([], [], [], [])
     for token, position in zip(tokens, positions, strict=False):
         entry = position.get(token) if position else None
-        text = _token_text(tokenizer, token, entry) if entry else tokenizer.token_str(token)
-        result.text_offset.append(offset)
-        result.tokens.append(text)
-        offset += len(text)
+        name = names.name(token, entry)
+        result.text_offset.append(place.offset)
+        result.tokens.append(name)
+        place.pass_token(names.bytes(token))
         if not position or entry is None:
             result.token_logprobs.append(None)
             result.top_logprobs.append(None)
@@ -50,34 +76,29 @@ def completion_logprobs(
         # Tokens that are parts of one character may share a text; the likeliest of them keeps it.
         best: dict[str, float] = {}
         for id, other in _best(position, top):
-            best.setdefault(_token_text(tokenizer, id, other), _finite(other.logprob))
-        best.setdefault(text, _finite(entry.logprob))
+            best.setdefault(names.name(id, other), _finite(other.logprob))
+        best.setdefault(name, _finite(entry.logprob))
         result.top_logprobs.append(best)
     return result
 
 
-def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[int], positions: Sequence[Position], top: int) -> ChatLogprobs:
+def chat_logprobs(names: TokenNames, tokens: Sequence[int], positions: Sequence[Position], top: int) -> ChatLogprobs:
     content: list[TokenLogprob] = []
     for token, position in zip(tokens, positions, strict=False):
         entry = position[token]
         best = [
-            TopLogprob(_token_text(tokenizer, id, e), _finite(e.logprob), list(tokenizer.token_bytes(id)))
-            for id, e in _best(position, top)
+            TopLogprob(names.name(id, e), _finite(e.logprob), list(names.bytes(id))) for id, e in _best(position, top)
         ]
-        text = _token_text(tokenizer, token, entry)
-        content.append(TokenLogprob(text, _finite(entry.logprob), list(tokenizer.token_bytes(token)), best))
+        content.append(TokenLogprob(names.name(token, entry), _finite(entry.logprob), list(names.bytes(token)), best))
     return ChatLogprobs(content)
 
 
-def prompt_logprobs(tokenizer: Tokenizer, positions: Sequence[Position | None] | None) -> PromptLogprobs | None:
+def prompt_logprobs(names: TokenNames, positions: Sequence[Position | None] | None) -> PromptLogprobs | None:
     """vLLM's shape: one object per prompt token keyed by token id, null for the first."""
     if positions is None:
         return None
     return [
-        {
-            str(id): PromptLogprob(_finite(e.logprob), e.rank, _token_text(tokenizer, id, e))
-            for id, e in position.items()
-        }
+        {str(id): PromptLogprob(_finite(e.logprob), e.rank, names.text(id, e)) for id, e in position.items()}
         if position
         else None
         for position in positions

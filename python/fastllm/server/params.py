@@ -34,6 +34,12 @@ _SAME_NAME = (
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
     "prompt_logprobs",
+    "best_of",
+    "use_beam_search",
+    "length_penalty",
+    "early_stopping",
+    "bad_words",
+    "allowed_token_ids",
 )
 _FROM_GENERATION_CONFIG = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -42,6 +48,8 @@ def sampling_params(state: ServerState, request: CommonRequest, num_prompt: int,
     """`num_prompt` tokens long is the prompt these are for; `param` names it in errors."""
     defaults = state.llm.model_config.generation_config
     fields: dict[str, Any] = {name: defaults[name] for name in _FROM_GENERATION_CONFIG if name in defaults}
+    if request.use_beam_search:  # compares raw log-probabilities
+        fields = {"temperature": 0.0}
     for name in _SAME_NAME:
         value = getattr(request, name)
         if value is not None:
@@ -66,10 +74,22 @@ def sampling_params(state: ServerState, request: CommonRequest, num_prompt: int,
         raise bad_request(f"temperature must be in [0, 2], got {request.temperature}.", "temperature")
     try:
         params = SamplingParams(**fields)
-        params.check_model(vocab_size=config.vocab_size, max_logprobs=state.llm.engine_config.max_logprobs)
+        params.check_model(
+            vocab_size=config.vocab_size,
+            max_logprobs=state.llm.engine_config.max_logprobs,
+            num_eos=len(config.eos_token_ids),
+        )
         return params
     except ValueError as exc:
         raise from_value_error(exc, field_names(type(request))) from None
+
+
+def output_room(request: CommonRequest) -> int:
+    """Tokens that a prompt cut to fit leaves for the output."""
+    limit = request.max_tokens
+    if isinstance(request, ChatRequest):
+        return limit or request.max_completion_tokens or 1
+    return COMPLETION_MAX_TOKENS if limit is None else max(limit, 1)
 
 
 def _logprobs(state: ServerState, request: CommonRequest, fields: dict[str, Any]) -> None:

@@ -33,25 +33,25 @@ async def encode_text(state: ServerState, text: str, add_special_tokens: bool, p
 
 
 async def encode_prompt(
-    state: ServerState, prompt: str | list[int], add_special_tokens: bool, truncate: int | None
+    state: ServerState, prompt: str | list[int], add_special_tokens: bool, truncate: int | None, room: int
 ) -> list[int]:
-    """One prompt of a completions call; `truncate` keeps the last tokens."""
+    """One prompt of a completions call; for `truncate` and `room` see truncate_ids()."""
     if isinstance(prompt, str):
         ids = await encode_text(state, prompt, add_special_tokens, "prompt")
     else:
         ids = prompt
-    ids = truncate_ids(state, ids, truncate)
+    ids = truncate_ids(state, ids, truncate, room)
     check_tokens(state, ids, "prompt")
     return ids
 
 
-def truncate_ids(state: ServerState, ids: list[int], truncate: int | None) -> list[int]:
+def truncate_ids(state: ServerState, ids: list[int], truncate: int | None, room: int) -> list[int]:
+    """The last `truncate` tokens; -1: as many as leave `room` positions of the context for the output."""
     if truncate is None:
         return ids
     if truncate < -1 or truncate == 0:
         raise bad_request(f"truncate_prompt_tokens must be -1 or at least 1, got {truncate}.", "truncate_prompt_tokens")
-    # One position of the context stays free for output.
-    keep = state.llm.model_config.max_model_len - 1 if truncate == -1 else truncate
+    keep = max(1, state.llm.model_config.max_model_len - room) if truncate == -1 else truncate
     return ids[-keep:]
 
 
@@ -64,6 +64,7 @@ async def encode_messages(state: ServerState, request: HasMessages, add_special_
     reserved = sorted(_RESERVED_KWARGS & kwargs.keys())
     if reserved:
         raise bad_request(f"chat_template_kwargs cannot set {reserved[0]!r}.", "chat_template_kwargs", "not_allowed")
+    variables = kwargs if request.documents is None else {**kwargs, "documents": request.documents}
     continue_final = bool(request.continue_final_message)
     if request.add_generation_prompt is None:
         add_generation_prompt = not continue_final
@@ -79,7 +80,7 @@ async def encode_messages(state: ServerState, request: HasMessages, add_special_
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final,
             chat_template=state.llm.model_config.chat_template,
-            **kwargs,
+            **variables,
         )
         check_text_length(state, len(text), "messages")
         return text, tokenizer.encode(text, add_special_tokens)

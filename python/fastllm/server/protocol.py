@@ -52,20 +52,22 @@ class CommonRequest(Struct, kw_only=True):
     cache_salt: str | None = None
     request_id: str | None = None
     best_of: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
 
     # Known, and refused by name when they ask for something: see admission.UNSUPPORTED.
-    use_beam_search: bool | None = None
-    length_penalty: float | None = None
-    early_stopping: Any = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
     logits_processors: Any = None
+    logprob_token_ids: Any = None
     prompt_embeds: Any = None
     kv_transfer_params: Any = None
 
@@ -110,7 +112,7 @@ class ChatRequest(CommonRequest, kw_only=True):
     modalities: list[str] | None = None
     audio: Any = None
     chat_template: str | None = None
-    documents: Any = None
+    documents: list[dict[str, Any]] | None = None
 
 
 class TokenizeRequest(Struct, kw_only=True):
@@ -121,6 +123,7 @@ class TokenizeRequest(Struct, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
     return_token_strs: bool | None = None
 
 
@@ -169,6 +172,7 @@ class CompletionChoice(Struct):
     token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None | UnsetType = None
     prompt_token_ids: list[int] | None = None
+    routed_experts: None | UnsetType = UNSET
 
 
 class CompletionResponse(Struct, kw_only=True):
@@ -180,6 +184,9 @@ class CompletionResponse(Struct, kw_only=True):
     service_tier: None | UnsetType = UNSET
     system_fingerprint: str | None | UnsetType = UNSET
     usage: Usage | None | UnsetType = UNSET
+    kv_transfer_params: None | UnsetType = UNSET
+    ec_transfer_params: None | UnsetType = UNSET
+    metrics: None | UnsetType = UNSET
 
 
 class TopLogprob(Struct):
@@ -216,6 +223,7 @@ class ChatChoice(Struct):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
+    routed_experts: None = None
 
 
 class ChatResponse(Struct, kw_only=True):
@@ -229,6 +237,10 @@ class ChatResponse(Struct, kw_only=True):
     usage: Usage | None = None
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_text: None = None
+    kv_transfer_params: None = None
+    ec_transfer_params: None = None
+    metrics: None = None
 
 
 class Delta(Struct):
@@ -242,7 +254,7 @@ class ChatChunkChoice(Struct):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None | UnsetType = UNSET
-    token_ids: list[int] | UnsetType = UNSET
+    token_ids: list[int] | None | UnsetType = UNSET
 
 
 class ChatChunk(Struct, kw_only=True):
@@ -253,7 +265,8 @@ class ChatChunk(Struct, kw_only=True):
     object: str = "chat.completion.chunk"
     system_fingerprint: str | None | UnsetType = UNSET
     usage: Usage | None | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | None | UnsetType = UNSET
+    prompt_text: None | UnsetType = UNSET
 
 
 class ModelPermission(Struct):
