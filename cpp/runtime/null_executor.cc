@@ -113,6 +113,7 @@ class NullExecutor final : public Executor {
   int depth() const override { return depth_; }
 
  private:
+  static constexpr int kDraws = 64;                    // of an allowed token
   static constexpr std::int64_t kMaxBlocks = 1 << 16;  // unless the configuration asks for more
 
   static int table_width(const EngineConfig& config, const NullModel& model) {
@@ -234,14 +235,18 @@ class NullExecutor final : public Executor {
     append_completions(slot.sampling->bad_words,
                        tokens.size() > num_prompt ? tokens.subspan(num_prompt) : tokens.first(0), bad);
     const bool ending_allowed = sample.end - slot.num_prompt >= slot.sampling->min_tokens;
-    for (int tries = 0; tries < model_.vocab; ++tries) {
+    for (int tries = 0; tries < kDraws + model_.vocab; ++tries) {
       const auto id = static_cast<std::size_t>(token);
       const auto excludes = [id](std::span<const std::uint32_t> bits) {
         return !bits.empty() && !(bits[id / 32] >> (id % 32) & 1);
       };
       const bool masked = excludes(mask) || excludes(slot.allowed) || std::ranges::find(bad, token) != bad.end();
       if (!masked && (ending_allowed || !ends(*slot.sampling, token))) return token;
-      token = token + 1 == model_.vocab ? 0 : token + 1;
+      // Another draw where many ids are forbidden, so that those left are equally likely; in order where almost all
+      // are.
+      const auto vocab = static_cast<std::uint64_t>(model_.vocab);
+      const auto next = tries < kDraws ? hash_combine(hash, static_cast<std::uint64_t>(tries)) % vocab : id + 1;
+      token = static_cast<TokenId>(next == vocab ? 0 : next);
     }
     error = "No token of the vocabulary is allowed here.";
     return -1;

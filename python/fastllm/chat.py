@@ -72,6 +72,18 @@ def _compile(template: str) -> jinja2.Template:
     return _environment().from_string(template)
 
 
+@lru_cache(maxsize=16)
+def template_variables(template: str) -> frozenset[str]:
+    """The names that the template reads and does not set itself; none if it is not valid Jinja."""
+    import jinja2
+    from jinja2 import meta
+
+    try:
+        return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
+    except jinja2.TemplateSyntaxError:
+        return frozenset()
+
+
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
     from jinja2.ext import Extension, loopcontrols

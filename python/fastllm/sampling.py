@@ -187,9 +187,9 @@ class SamplingParams:
             needed = min(self.num_sequences + ends, vocab_size)
             if needed > max_logprobs:
                 raise ValueError(
-                    f"A search with {self.num_sequences} beams needs the log-probabilities of {needed} tokens, but "
-                    f"max_logprobs is {max_logprobs}: load the model with max_logprobs={needed} or more, or with -1 "
-                    "for all."
+                    f"use_beam_search with {self.num_sequences} beams needs the log-probabilities of {needed} tokens, "
+                    f"but max_logprobs is {max_logprobs}: load the model with max_logprobs={needed} or more, or with "
+                    "-1 for all."
                 )
         for name, label in (("logprobs", "sample"), ("prompt_logprobs", "prompt")):
             wanted = getattr(self, name)

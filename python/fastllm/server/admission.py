@@ -136,6 +136,7 @@ def _check_chat(request: ChatRequest, limits: Limits) -> None:
     if not request.messages:
         raise bad_request("messages must contain at least one message.", "messages")
     _check_length("messages", request.messages, limits.max_messages)
+    _check_length("documents", request.documents, limits.max_messages)
     if request.tool_choice not in (None, "none", "auto"):
         raise bad_request("tool_choice: this server does not support tool calls yet.", "tool_choice")
     if request.modalities not in (None, ["text"]):

@@ -12,12 +12,9 @@ from fastllm.server.admission import check_text_length, check_tokens
 from fastllm.server.errors import bad_request
 from fastllm.server.protocol import ChatMessage, ChatRequest, TokenizeRequest
 from fastllm.server.state import ServerState
+from fastllm.server.template_kwargs import check_template_kwargs
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-# Names that a template takes from the server, not from the caller.
-_RESERVED_KWARGS = frozenset(
-    {"messages", "tools", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message"}
-)
 HasMessages = ChatRequest | TokenizeRequest
 
 
@@ -61,9 +58,7 @@ async def encode_messages(state: ServerState, request: HasMessages, add_special_
     chars = sum(len(message["content"] or "") for message in messages)
     check_text_length(state, chars, "messages")
     kwargs = request.chat_template_kwargs or {}
-    reserved = sorted(_RESERVED_KWARGS & kwargs.keys())
-    if reserved:
-        raise bad_request(f"chat_template_kwargs cannot set {reserved[0]!r}.", "chat_template_kwargs", "not_allowed")
+    check_template_kwargs(state, kwargs)
     variables = kwargs if request.documents is None else {**kwargs, "documents": request.documents}
     continue_final = bool(request.continue_final_message)
     if request.add_generation_prompt is None:

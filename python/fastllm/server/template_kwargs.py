@@ -1,0 +1,50 @@
+"""Which variables of the chat template a request may set: those that the template reads, to plain values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastllm.chat import template_variables
+from fastllm.server.errors import bad_request
+from fastllm.server.state import ServerState
+
+# Names that a template takes from the server, not from the caller.
+_RESERVED = frozenset(
+    {
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "tokenize",
+        "add_generation_prompt",
+        "continue_final_message",
+        "raise_exception",
+        "strftime_now",
+    }
+)
+_MAX_CHARS = 16 << 10  # of all strings
+_FIELD = "chat_template_kwargs"
+
+
+def check_template_kwargs(state: ServerState, kwargs: dict[str, Any]) -> None:
+    if not kwargs:
+        return
+    for name in sorted(kwargs):
+        if name in _RESERVED:
+            raise bad_request(f"{_FIELD} cannot set {name[:40]!r}.", _FIELD, "not_allowed")
+    tokenizer = state.llm.tokenizer
+    template = state.llm.model_config.chat_template or tokenizer.template_for(None)
+    known = template_variables(template) - _RESERVED - tokenizer.special_tokens.keys() if template else frozenset()
+    chars = 0
+    for name, value in sorted(kwargs.items()):
+        if name not in known:
+            allowed = ", ".join(sorted(known)) or "none"
+            raise bad_request(
+                f"{_FIELD}: the chat template does not read {name[:40]!r}; it reads: {allowed}.", _FIELD, "not_allowed"
+            )
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, dict | list) for item in items):
+            raise bad_request(f"{_FIELD}: {name} must be a plain value or a list of them.", _FIELD, "not_allowed")
+        chars += sum(len(item) if isinstance(item, str) else 8 for item in items)
+    if chars > _MAX_CHARS:
+        raise bad_request(f"{_FIELD} take at most {_MAX_CHARS} characters.", _FIELD, "too_large")
