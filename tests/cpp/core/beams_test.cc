@@ -44,6 +44,8 @@ std::vector<BeamSearch::Result> search_alone(SimConfig c, const RequestInput& in
       sim.check_each = false;
       RequestInput step = request(1, tokens, 1);
       step.sampling.logprobs = candidates;
+      step.sampling.ignore_eos = p.ignore_eos;
+      step.sampling.min_tokens = search.length() < p.min_tokens ? 1 : 0;  // the null model's logits depend on it
       sim.add(step);
       sim.run();
       rows.push_back(sim.output(1).logprobs.at(0));
