@@ -252,10 +252,11 @@ def _report(report: StepReport, stream: _Stream, now: float) -> None:
         report.num_prompt_tokens += len(state.prompt_token_ids)
         report.num_cached_tokens += state.num_cached_tokens
         report.first_token_s.append(max(0.0, state.metrics.first_token_time - state.metrics.arrival_time))
-        if new > state.params.num_sequences:
-            report.inter_token_s.append(((now - state.metrics.first_token_time) / (new - 1), new - 1))
+        count = state.params.num_reported
+        if new > count:  # one of each sequence began it
+            report.inter_token_s.append(((now - state.metrics.first_token_time) * count / (new - count), new - count))
     elif new:
-        report.inter_token_s.append(((now - stream.last_token_at) * state.params.num_sequences / new, new))
+        report.inter_token_s.append(((now - stream.last_token_at) * state.params.num_reported / new, new))
     if new:
         stream.last_token_at, stream.num_reported = now, total
     if state.finished:

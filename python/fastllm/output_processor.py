@@ -84,7 +84,7 @@ class RequestState:
                 IncrementalDetokenizer(tokenizer, params) if params.detokenize else None,
                 logprobs=None if params.logprobs is None else [],
             )
-            for index in range(params.n if params.use_beam_search else params.num_sequences)
+            for index in range(params.num_reported)
         ]
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]

@@ -156,6 +156,11 @@ class SamplingParams:
         return self.n if self.best_of is None else self.best_of
 
     @property
+    def num_reported(self) -> int:
+        """Sequences that the engine reports: a beam search tells its results only."""
+        return self.n if self.use_beam_search else self.num_sequences
+
+    @property
     def ranks(self) -> bool:
         """More samples are made than returned."""
         return not self.use_beam_search and self.num_sequences > self.n
@@ -228,7 +233,7 @@ class SamplingParams:
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            n=self.n if self.use_beam_search else self.num_sequences,
+            n=self.num_reported,
             beam_width=self.num_sequences if self.use_beam_search else 0,
             length_penalty=self.length_penalty,
             early_stopping=stopping if isinstance(stopping, str) else "yes" if stopping else "no",

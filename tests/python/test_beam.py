@@ -51,10 +51,13 @@ def eager_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_twenty_prompts_give_the_sequences_and_scores_of_transformers(
-    eager_end: Path, make_llm: Llm, seed: int
+    eager_end: Path, make_llm: Llm, seed: int, request: pytest.FixtureRequest
 ) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the reference is too small for more
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     model = transformers.AutoModelForCausalLM.from_pretrained(eager_end, dtype=torch.float32)
     llm = make_llm(eager_end)
     batches = [random_prompts(seed + length, [length] * 5, 36) for length in (1, 8, 17, 33)]

@@ -43,6 +43,11 @@ def test_missing_max_tokens_means_the_rest_of_the_context(server: RunningServer)
     assert body["usage"]["total_tokens"] == CONTEXT and body["choices"][0]["finish_reason"] == "length"
 
 
+def test_max_completion_tokens_wins_over_max_tokens(server: RunningServer) -> None:
+    usage = server.chat(max_tokens=9, max_completion_tokens=3, ignore_eos=True).json["usage"]
+    assert usage["completion_tokens"] == 3
+
+
 def test_text_parts_are_joined(server: RunningServer) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     tokens = server.chat(messages=[{"role": "user", "content": parts}], max_tokens=1).json["usage"]["prompt_tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import aiohttp
@@ -296,3 +297,72 @@ def test_neutral_values_change_nothing(server: RunningServer) -> None:
     neutral |= {"bad_words": [], "logit_bias": {}, "stop": [], "priority": 0, "user": "somebody", "min_tokens": 0}
     neutral |= {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "suffix": None, "logprobs": None, "echo": False}
     assert tokens(server, **neutral) == tokens(server)
+
+
+# Values of every field that change something, alone or with others.
+VALUES: dict[str, list[Any]] = {
+    "n": [2, 3],
+    "best_of": [3],
+    "use_beam_search": [True],
+    "length_penalty": [0.5, 2.0],
+    "early_stopping": [True, "never"],
+    "echo": [True],
+    "logprobs": [0, 2],
+    "prompt_logprobs": [1],
+    "temperature": [0.7, 2.0],
+    "top_p": [0.5],
+    "top_k": [5],
+    "min_p": [0.1],
+    "presence_penalty": [1.0],
+    "frequency_penalty": [-1.0],
+    "repetition_penalty": [1.3],
+    "logit_bias": [{"97": 50}],
+    "allowed_token_ids": [LETTERS, [97, EOS]],
+    "bad_words": [["a"], ["ab", "c"]],
+    "stop": ["e", ["st", "q"]],
+    "stop_token_ids": [[101]],
+    "ignore_eos": [True],
+    "min_tokens": [3],
+    "include_stop_str_in_output": [True],
+    "skip_special_tokens": [False],
+    "truncate_prompt_tokens": [2, -1],
+    "return_token_ids": [True],
+    "return_tokens_as_token_ids": [True],
+    "prompt": ["é", ["Hi", "Ho"], [1, 2, 3], [[4], [5, 6]]],
+    "priority": [2],
+    "cache_salt": ["s"],
+    "request_id": ["r"],
+    "add_special_tokens": [False],
+}
+
+
+def test_any_combination_is_answered_the_same_way_twice_or_refused_by_name(server: RunningServer, seed: int) -> None:
+    source = random.Random(seed)
+    answered = 0
+    for _ in range(60):
+        names = source.sample(sorted(VALUES), source.randint(1, 6))
+        fields = {
+            "prompt": "Hello",
+            "seed": 1,
+            "max_tokens": 12,
+            **{name: source.choice(VALUES[name]) for name in names},
+        }
+        whole = server.complete(**fields)
+        if whole.status != 200:
+            assert whole.status == 400 and whole.error["param"] in fields, (fields, whole.body)
+            continue
+        answered += 1
+        streamed = server.complete(**fields, stream=True)
+        if streamed.status != 200:
+            assert streamed.status == 400 and streamed.error["param"] in ("prompt_logprobs", "best_of"), fields
+            continue
+        events = [event["choices"][0] for event in streamed.events]
+        for choice in whole.json["choices"]:
+            mine = [event for event in events if event["index"] == choice["index"]]
+            assert "".join(event["text"] for event in mine) == choice["text"], fields
+            assert mine[-1]["finish_reason"] == choice["finish_reason"], fields
+            if choice["logprobs"]:
+                told = [value for event in mine for value in (event["logprobs"] or {}).get("token_logprobs", ())]
+                assert told == choice["logprobs"]["token_logprobs"], fields
+    assert answered > 15
+    server.wait_idle()

@@ -62,7 +62,7 @@ def sampling_params(state: ServerState, request: CommonRequest, num_prompt: int,
     limit_name, requested = "max_tokens", request.max_tokens
     default: int | None = COMPLETION_MAX_TOKENS
     if isinstance(request, ChatRequest):
-        if requested is None:
+        if request.max_completion_tokens is not None:
             limit_name, requested = "max_completion_tokens", request.max_completion_tokens
         default = defaults.get("max_tokens")
     elif isinstance(request, CompletionRequest) and request.echo and requested == 0:
@@ -88,7 +88,7 @@ def output_room(request: CommonRequest) -> int:
     """Tokens that a prompt cut to fit leaves for the output."""
     limit = request.max_tokens
     if isinstance(request, ChatRequest):
-        return limit or request.max_completion_tokens or 1
+        return max(request.max_completion_tokens or limit or 1, 1)
     return COMPLETION_MAX_TOKENS if limit is None else max(limit, 1)
 
 

@@ -12,7 +12,7 @@ from fastllm.server.admission import check_text_length, check_tokens
 from fastllm.server.errors import bad_request
 from fastllm.server.protocol import ChatMessage, ChatRequest, TokenizeRequest
 from fastllm.server.state import ServerState
-from fastllm.server.template_kwargs import check_template_kwargs
+from fastllm.server.template_kwargs import check_documents, check_template_kwargs
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 HasMessages = ChatRequest | TokenizeRequest
@@ -59,6 +59,7 @@ async def encode_messages(state: ServerState, request: HasMessages, add_special_
     check_text_length(state, chars, "messages")
     kwargs = request.chat_template_kwargs or {}
     check_template_kwargs(state, kwargs)
+    check_documents(state, request.documents)
     variables = kwargs if request.documents is None else {**kwargs, "documents": request.documents}
     continue_final = bool(request.continue_final_message)
     if request.add_generation_prompt is None:

@@ -26,15 +26,21 @@ _MAX_CHARS = 16 << 10  # of all strings
 _FIELD = "chat_template_kwargs"
 
 
+def check_documents(state: ServerState, documents: list[dict[str, Any]] | None) -> None:
+    """Documents that no template puts into the prompt would be lost without a word."""
+    if documents and "documents" not in _variables(state):
+        raise bad_request(
+            "documents: the chat template of this model does not read them.", "documents", "unsupported_parameter"
+        )
+
+
 def check_template_kwargs(state: ServerState, kwargs: dict[str, Any]) -> None:
     if not kwargs:
         return
     for name in sorted(kwargs):
         if name in _RESERVED:
             raise bad_request(f"{_FIELD} cannot set {name[:40]!r}.", _FIELD, "not_allowed")
-    tokenizer = state.llm.tokenizer
-    template = state.llm.model_config.chat_template or tokenizer.template_for(None)
-    known = template_variables(template) - _RESERVED - tokenizer.special_tokens.keys() if template else frozenset()
+    known = _variables(state) - _RESERVED - state.llm.tokenizer.special_tokens.keys()
     chars = 0
     for name, value in sorted(kwargs.items()):
         if name not in known:
@@ -48,3 +54,8 @@ def check_template_kwargs(state: ServerState, kwargs: dict[str, Any]) -> None:
         chars += sum(len(item) if isinstance(item, str) else 8 for item in items)
     if chars > _MAX_CHARS:
         raise bad_request(f"{_FIELD} take at most {_MAX_CHARS} characters.", _FIELD, "too_large")
+
+
+def _variables(state: ServerState) -> frozenset[str]:
+    template = state.llm.model_config.chat_template or state.llm.tokenizer.template_for(None)
+    return template_variables(template) if template else frozenset()

@@ -113,6 +113,23 @@ TEST_F(KvManagerTest, AForkOfAFullPromptFindsTheNodesAgain) {
   EXPECT_EQ(kv_.cache().num_nodes(), 2);
 }
 
+TEST_F(KvManagerTest, ATableThatSharesAnotherGivesUpItsOwnBlocksAndKeepsCommonOnes) {
+  BlockTable a = computed(ramp(0, 10));
+  BlockTable b = table();
+  EXPECT_EQ(kv_.share(a, b), 0) << "an empty table differs from the first block on";
+  ASSERT_TRUE(kv_.reserve(b, kOther, 10, 4, plan_));  // copies the third block and takes a fourth
+  EXPECT_EQ(kv_.snapshot().used, 5);
+  EXPECT_EQ(kv_.share(a, b), 2);
+  EXPECT_EQ(b.blocks, a.blocks);
+  EXPECT_EQ(b.tail, a.tail);
+  EXPECT_EQ(b.num_published, 2);
+  EXPECT_EQ(kv_.snapshot().used, 3);
+  EXPECT_EQ(kv_.share(b, a), 3) << "equal tables change nothing";
+  kv_.release(a);
+  kv_.release(b);
+  EXPECT_EQ(kv_.snapshot().used, 0);
+}
+
 TEST_F(KvManagerTest, SwapMovesEveryBlockAndBack) {
   BlockTable a = computed(ramp(0, 10));
   const std::vector<BlockId> before = a.blocks;
