@@ -110,7 +110,12 @@ FIELDS: list[tuple[str, str, list[Any], tuple[int, ...]]] = [
     (COMPLETIONS, "max_tokens", [*INTS, "5", 1e300], BAD),
     (COMPLETIONS, "min_tokens", [-1, 17, 2**31, 2**64], BAD),
     (COMPLETIONS, "n", [-1, 0, 1.5, 10**9, 2**64], BAD),
-    (COMPLETIONS, "best_of", [-1, 0, 2, 10**9, 2**80], BAD),
+    (COMPLETIONS, "best_of", [-1, 0, 10**9, 2**80, "2"], BAD),
+    (COMPLETIONS, "use_beam_search", [5, "yes", []], BAD),
+    (COMPLETIONS, "length_penalty", [0.5, "x", 10**400, []], BAD),
+    (COMPLETIONS, "early_stopping", [True, "x", 5, []], BAD),
+    (COMPLETIONS, "allowed_token_ids", [[], [-1], [2**40], [2**80], ["a"], [1] * 200_000, 5], BAD),
+    (COMPLETIONS, "bad_words", ["x", [1], [""], [" "], ["x"] * 1000, ["x" * 10**5]], BAD),
     (COMPLETIONS, "temperature", [-0.1, 2.1, 1e308, "1", [1]], BAD),
     (COMPLETIONS, "temperature", [1e-320, 0, 2], OK),
     (COMPLETIONS, "top_p", [0, -0.1, 1.0001, "x"], BAD),
@@ -310,7 +315,7 @@ def test_pipelined_requests_are_answered_in_order(server: RunningServer) -> None
 @pytest.mark.parametrize(
     "path",
     """/../../etc/passwd /v1/%2e%2e/x //v1/models /V1/models /v1/models/ /invocations /pause /collective_rpc
-    /update_weights /shutdown /abort_requests /flush_cache /slots /debug /docs /openapi.json /reset_prefix_cache
+    /update_weights /shutdown /abort_requests /flush_cache /slots /debug /docs /reset_prefix_cache
     /admin/drain""".split(),
 )
 def test_paths_that_are_not_ours_are_404(server: RunningServer, path: str) -> None:
