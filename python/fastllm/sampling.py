@@ -90,8 +90,12 @@ class SamplingParams:
 
     def _check_numbers(self) -> None:
         _at_least("n", self.n, 1)
-        if self.best_of is not None and (not _is_int(self.best_of) or self.best_of < self.n):
-            raise ValueError(f"best_of must be greater than or equal to n, got n={self.n} and best_of={self.best_of}.")
+        if self.best_of is not None:
+            _at_least("best_of", self.best_of, 1)
+            if self.best_of < self.n:
+                raise ValueError(
+                    f"best_of must be greater than or equal to n, got n={self.n} and best_of={self.best_of}."
+                )
         for name in ("presence_penalty", "frequency_penalty"):
             _within(name, getattr(self, name), -2.0, 2.0)
         if not _is_number(self.repetition_penalty) or not 0.0 < self.repetition_penalty < math.inf:
