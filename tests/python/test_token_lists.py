@@ -42,7 +42,7 @@ def greedy(model: Any, prompt: list[int], allowed: list[int], words: list[list[i
 @pytest.mark.parametrize("num_allowed", [0, 12])
 @pytest.mark.parametrize("with_words", [False, True])
 def test_tokens_are_those_that_transformers_processors_leave(
-    penalty: float, num_allowed: int, with_words: bool, llama: Path, make_llm: Llm, seed: int
+    penalty: float, num_allowed: int, with_words: bool, llama: Path, make_llm: Llm, seed: int, one_torch_thread: None
 ) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
