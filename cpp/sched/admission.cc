@@ -64,9 +64,12 @@ std::string choice_error(const SamplingParams& p, const AdmissionLimits& limits)
     if (word.empty()) return "bad_words has a word without tokens.";
     if (std::string e = check_ids("bad_words", limits.vocab, word.begin(), word.end(), itself); !e.empty()) return e;
   }
-  const auto bad = [&](TokenId id) {
-    return std::ranges::any_of(p.bad_words, [&](const auto& word) { return word.size() == 1 && word[0] == id; });
-  };
+  std::vector<TokenId> never;
+  for (const auto& word : p.bad_words) {
+    if (word.size() == 1) never.push_back(word[0]);
+  }
+  std::ranges::sort(never);
+  const auto bad = [&](TokenId id) { return std::ranges::binary_search(never, id); };
   if (!p.allowed_ids.empty() && std::ranges::all_of(p.allowed_ids, bad)) {
     return "allowed_ids holds only tokens that bad_words forbids.";
   }

@@ -17,7 +17,7 @@ class Limits:
     max_logit_bias: int = 1024  # entries
     max_bad_words: int = 256
     max_bad_word_chars: int = 256  # of one
-    max_allowed_token_ids: int = 1 << 17
+    max_allowed_token_ids: int = 1 << 14
     max_messages: int = 10_000
     max_waiting: int | None = None  # requests beyond those that run; None: four times the running ones, at least 64
     max_waiting_time_s: float | None = None  # seconds a request may wait before it starts; None: no limit
