@@ -30,7 +30,7 @@ def test_every_route_is_in_the_document_and_no_other(server: RunningServer, docu
     from fastllm.server.app import create_app
 
     routes = set()
-    for resource in create_app(server.state).router.resources():
+    for resource in create_app(server.state, console=False).router.resources():
         for route in resource:
             if route.method != "HEAD":
                 routes.add((route.method, resource.canonical))

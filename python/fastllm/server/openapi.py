@@ -33,7 +33,7 @@ class Operation:
 
 _MODEL_ERRORS = (400, 404, 408, 413, 415, 429)
 
-# (method, path) -> operation, for every route of the app
+# (method, path) -> operation, for every route of the app but the files of the console
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/completions"): Operation(
         "Continues one prompt or a batch of them.",
@@ -65,6 +65,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/metrics"): Operation("Prometheus metrics.", text=True),
     ("GET", "/version"): Operation("The version of the server."),
     ("GET", "/stats"): Operation("What the scheduler and the KV cache do now."),
+    ("GET", "/load"): Operation("How many requests are accepted and not yet answered."),
     ("GET", "/openapi.json"): Operation("This document."),
 }
 
