@@ -121,10 +121,19 @@ class PyTokenMask : public TokenMask {
     }
   }
 
-  void accept(std::int32_t token) override {
+  bool accept(std::int32_t token) override {
     py::gil_scoped_acquire gil;
     try {
-      mask_->attr("accept")(token);
+      return mask_->attr("accept")(token).cast<bool>();
+    } catch (py::error_already_set& e) {
+      rethrow("the token mask", e);
+    }
+  }
+
+  std::shared_ptr<TokenMask> clone() const override {
+    py::gil_scoped_acquire gil;
+    try {
+      return std::make_shared<PyTokenMask>(mask_->attr("clone")());
     } catch (py::error_already_set& e) {
       rethrow("the token mask", e);
     }

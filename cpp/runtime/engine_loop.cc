@@ -161,7 +161,7 @@ void EngineLoop::fill_masks(const PlannedStep& step) {
     Sequence& seq = *step.seqs[static_cast<std::size_t>(rows[i])];
     const auto bits = std::span(masks_).subspan(i * words, words);
     try {
-      seq.req->mask->fill(bits);
+      seq.mask->fill(bits);
     } catch (const std::exception& e) {
       std::ranges::fill(bits, ~0u);
       scheduler_.fail(seq, ErrorKind::Invalid, std::string("The token mask failed: ") + e.what(), Clock::now());

@@ -141,7 +141,6 @@ std::string admission_error(const RequestInput& input, const AdmissionLimits& li
   if (std::string error = sampling_error(input.sampling, limits); !error.empty()) return error;
   if (std::string error = beam_error(input, limits); !error.empty()) return error;
   if (input.adapter != -1) return outside("adapter", input.adapter, "-1: adapters are not available");
-  if (input.mask && input.sampling.n != 1) return outside("n", input.sampling.n, "1 for a request with a token mask");
   return {};
 }
 

@@ -24,6 +24,14 @@ const std::string* find_error(const StepResult& result, std::int32_t sample) {
   return nullptr;
 }
 
+std::vector<std::shared_ptr<TokenMask>> masks_of_samples(const RequestInput& input) {
+  std::vector<std::shared_ptr<TokenMask>> masks;
+  if (!input.mask) return masks;
+  masks.push_back(input.mask);
+  while (masks.size() < static_cast<std::size_t>(input.sampling.n)) masks.push_back(input.mask->clone());
+  return masks;
+}
+
 }  // namespace
 
 void Scheduler::add(RequestInput input, TimePoint arrival) {
@@ -40,10 +48,15 @@ void Scheduler::add(RequestInput input, TimePoint arrival) {
   if (std::string error = admission_error(input, limits_); !error.empty()) {
     return refuse(input.id, ErrorKind::Invalid, std::move(error), arrival);
   }
+  std::vector<std::shared_ptr<TokenMask>> masks;  // [n], empty without one
+  try {
+    masks = masks_of_samples(input);
+  } catch (const std::exception& e) {
+    return refuse(input.id, ErrorKind::Invalid, std::string("The token mask failed: ") + e.what(), arrival);
+  }
   auto request = std::make_unique<Request>();
   request->id = input.id;
   request->token_limit = token_limit(input, limits_);
-  request->mask = std::move(input.mask);
   request->logits_processor = std::move(input.logits_processor);
   if (input.deadline) request->deadline = *input.deadline;
 
@@ -65,6 +78,7 @@ void Scheduler::add(RequestInput input, TimePoint arrival) {
     seq->tokens = input.prompt;
     seq->kv.root = seq->kv.tail = root;
     seq->times.arrival = arrival;
+    if (!masks.empty()) seq->mask = std::move(masks[static_cast<std::size_t>(i)]);
     request->seqs.push_back(std::move(seq));
   }
   request->num_live = num_seqs;
@@ -162,15 +176,18 @@ void Scheduler::apply_token(Sequence& seq, TokenId token, const PositionLogprobs
   seq.tokens.push_back(token);
   ++generated_tokens_;
   if (seq.num_output() == 1) seq.times.first_token = now;
-  if (request.mask) {
+  bool complete = false;
+  if (seq.mask) {
     try {
-      request.mask->accept(token);
+      complete = seq.mask->accept(token);
     } catch (const std::exception& e) {
       return end_request(request, FinishReason::Error, ErrorKind::Invalid,
                          std::string("The token mask failed: ") + e.what(), now);
     }
   }
-  const FinishReason reason = reason_to_stop(seq, token);
+  FinishReason reason = reason_to_stop(seq, token);
+  const bool at_stop_token = reason == FinishReason::Stop;
+  if (complete) reason = FinishReason::Stop;
   if (reason != FinishReason::None) finish(seq, now);
   TokenDelta& delta = new_delta(seq);
   delta.tokens.push_back(token);
@@ -178,7 +195,7 @@ void Scheduler::apply_token(Sequence& seq, TokenId token, const PositionLogprobs
     delta.logprobs.push_back(best(*logprobs, request.sampling->logprobs));
   delta.prompt_logprobs = std::exchange(seq.prompt_logprobs, {});
   delta.finish = reason;
-  if (reason == FinishReason::Stop) delta.stop_token = token;
+  if (at_stop_token) delta.stop_token = token;
   if (reason != FinishReason::None) retire_if_ended(request);
 }
 

@@ -240,7 +240,7 @@ void Scheduler::emit_row(Sequence& seq, std::int32_t num_tokens, PlannedStep& st
     row.flags |= kSample;
     ++seq.num_pending;
     plan.max_logprobs = std::max(plan.max_logprobs, request.sampling->logprobs);
-    if (request.mask) {
+    if (seq.mask) {
       row.flags |= kMask;
       plan.masked_rows.push_back(row_index);
     }

@@ -48,6 +48,7 @@ struct Sequence {
   bool prompt_submitted = false;                  // the KV of the whole prompt is covered by submitted steps
   std::int32_t prompt_logprobs_planned = 0;       // leading prompt positions whose next token was planned to be scored
   std::vector<PositionLogprobs> prompt_logprobs;  // read back, not yet delivered
+  std::shared_ptr<TokenMask> mask;                // null: any token
   SlotId slot = kNoSlot;
   BlockTable kv;
   std::int32_t stale_from = -1;     // first block of the table that the slot does not know yet; -1: it knows all
@@ -74,7 +75,6 @@ struct BeamGroup {
 struct Request {
   std::uint64_t id = 0;
   std::shared_ptr<const SamplingParams> sampling;
-  std::shared_ptr<TokenMask> mask;
   std::shared_ptr<LogitsProcessor> logits_processor;
   std::vector<std::unique_ptr<Sequence>> seqs;  // [n], or one for each beam
   std::unique_ptr<BeamGroup> beams;             // of a beam search
@@ -87,7 +87,7 @@ struct Request {
   TimePoint deadline = TimePoint::max();
 
   // Its tokens must all be known to the host before it is planned.
-  bool needs_host_tokens() const { return mask || beams || lends_host_tokens(); }
+  bool needs_host_tokens() const { return seqs[0]->mask || beams || lends_host_tokens(); }
   // Sampling reads them.
   bool lends_host_tokens() const { return logits_processor || has_phrases(*sampling); }
 };

@@ -191,7 +191,7 @@ class Engine:
     ) -> None:
         """Never blocks. logits_processor(prompt_ids, output_ids, logits) changes the row in place or returns a new one.
 
-        mask: an object with fill(bits: NDArray[uint32]) and accept(token: int); see TokenMask.
+        mask: an object with fill(bits: NDArray[uint32]), accept(token: int) -> bool and clone(); see TokenMask.
         """
     def abort(self, id: int, index: int | None = None) -> None:
         """Ends a request, or one sample of it."""

@@ -3,20 +3,24 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 
 #include "fastllm/export.h"
 
 namespace fastllm {
 
-// Structured output. Called on the engine thread while the device computes the logits.
+// Structured output of one sequence. Called on the engine thread while the device computes the logits.
 class FASTLLM_API TokenMask {
  public:
   virtual ~TokenMask() = default;
   // Writes one bit per vocabulary id, 1 = allowed; `bits` has ceil(vocab / 32) words, bit i of word w is id 32 w + i.
   virtual void fill(std::span<std::uint32_t> bits) = 0;
-  // Tells the grammar which token was sampled.
-  virtual void accept(std::int32_t token) = 0;
+  // Tells the grammar which token was sampled. True: the output is complete and ends here, whatever else would let it
+  // go on.
+  virtual bool accept(std::int32_t token) = 0;
+  // One that has accepted nothing yet, for a further sample of the request. Called before any accept.
+  virtual std::shared_ptr<TokenMask> clone() const = 0;
 };
 
 // A caller's own change to the logits, the reference hook for custom sampling. Called on the thread of rank 0 before

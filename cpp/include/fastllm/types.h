@@ -78,7 +78,7 @@ struct RequestInput {
   std::optional<TimePoint> deadline;  // still waiting then: finished with Error
   std::string cache_salt;             // requests share cached prefixes only within one salt
   int adapter = -1;                   // reserved; -1 is the base model
-  std::shared_ptr<TokenMask> mask;    // constrains the output (grammar)
+  std::shared_ptr<TokenMask> mask;    // constrains the output (grammar); n samples get clones
   std::shared_ptr<LogitsProcessor> logits_processor;
 };
 

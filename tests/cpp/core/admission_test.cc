@@ -8,11 +8,6 @@
 namespace fastllm {
 namespace {
 
-struct NoMask : TokenMask {
-  void fill(std::span<std::uint32_t>) override {}
-  void accept(std::int32_t) override {}
-};
-
 constexpr AdmissionLimits kLimits{.vocab = 100, .max_len = 50, .pool_tokens = 40, .max_num_seqs = 8, .max_logprobs = 5};
 
 RequestInput good() {
@@ -91,11 +86,6 @@ TEST(Admission, EverySentenceNamesFieldValueAndBound) {
       {[](auto& r) { r.sampling.logit_bias = {{-1, 0.0f}}; }, {"logit_bias[0]", "-1"}},
       {[](auto& r) { r.sampling.logit_bias = {{7, nan}}; }, {"logit_bias", "7", "nan"}},
       {[](auto& r) { r.adapter = 3; }, {"adapter", "3"}},
-      {[](auto& r) {
-         r.mask = std::make_shared<NoMask>();
-         r.sampling.n = 2;
-       },
-       {"n is 2", "mask"}},
   };
   for (std::size_t i = 0; i < cases.size(); ++i) {
     RequestInput input = good();

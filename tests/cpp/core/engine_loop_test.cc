@@ -251,7 +251,8 @@ TEST(EngineLoop, ARowErrorEndsItsRequestOnly) {
 
 struct ThrowingMask : TokenMask {
   void fill(std::span<std::uint32_t>) override { throw std::runtime_error("the grammar is empty"); }
-  void accept(std::int32_t) override {}
+  bool accept(std::int32_t) override { return false; }
+  std::shared_ptr<TokenMask> clone() const override { return std::make_shared<ThrowingMask>(); }
 };
 
 TEST(EngineLoop, AMaskThatThrowsEndsItsRequestOnly) {

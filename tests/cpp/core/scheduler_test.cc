@@ -18,18 +18,23 @@ std::vector<TokenId> alone(SimConfig c, RequestInput input) {
   return sim.output(id).tokens;
 }
 
-// Allows one id per step, counting up, and ends by failing if told to.
+// Allows one id per step, counting up; fails or is complete at the id it is told to.
 struct CountingMask : TokenMask {
-  explicit CountingMask(int first, int fail_at = -1) : next(first), fail_at(fail_at) {}
+  explicit CountingMask(int first, int fail_at = -1, int end_at = -1) : next(first), fail_at(fail_at), end_at(end_at) {}
   void fill(std::span<std::uint32_t> bits) override {
     const auto id = static_cast<std::size_t>(next);
     bits[id / 32] |= 1u << (id % 32);
   }
-  void accept(std::int32_t token) override {
+  bool accept(std::int32_t token) override {
     if (token == fail_at) throw std::runtime_error("the grammar has no rule for it");
     next = token + 1;
+    return token == end_at;
   }
-  int next, fail_at;
+  std::shared_ptr<TokenMask> clone() const override {
+    if (next == fail_at) throw std::runtime_error("the grammar cannot be copied");
+    return std::make_shared<CountingMask>(next, fail_at, end_at);
+  }
+  int next, fail_at, end_at;
 };
 
 struct CheckingProcessor : LogitsProcessor {
@@ -277,6 +282,39 @@ TEST(Scheduler, AMaskDecidesEveryToken) {
   sim.run();
   EXPECT_EQ(sim.output(1).tokens, ramp(40, 5));
   EXPECT_EQ(sim.output(2).tokens, alone(small_config(), request(2, ramp(0, 6), 5)));
+}
+
+TEST(Scheduler, ACompleteMaskEndsItsSampleBeforeMinTokensWithoutAStopToken) {
+  Sim sim(small_config());
+  RequestInput input = request(1, ramp(0, 6), 20);
+  input.mask = std::make_shared<CountingMask>(40, -1, 43);
+  input.sampling.min_tokens = 10;
+  input.sampling.ignore_eos = true;
+  sim.add(input);
+  sim.run();
+  EXPECT_EQ(sim.output(1).tokens, ramp(40, 4));
+  EXPECT_EQ(sim.output(1).finish, FinishReason::Stop);
+}
+
+TEST(Scheduler, EverySampleHasAMaskOfItsOwn) {
+  Sim sim(small_config());
+  RequestInput input = request(1, ramp(0, 6), 5);
+  input.mask = std::make_shared<CountingMask>(40);
+  input.sampling.n = 3;
+  sim.add(input);
+  sim.run();
+  for (int index = 0; index < 3; ++index) EXPECT_EQ(sim.output(1, index).tokens, ramp(40, 5));
+}
+
+TEST(Scheduler, AMaskThatCannotBeClonedRefusesItsRequest) {
+  Sim sim(small_config());
+  RequestInput input = request(1, ramp(0, 6), 5);
+  input.mask = std::make_shared<CountingMask>(40, 40);
+  input.sampling.n = 2;
+  sim.add(input);
+  sim.run();
+  EXPECT_EQ(sim.output(1).finish, FinishReason::Error);
+  EXPECT_NE(sim.output(1).error.find("cannot be copied"), std::string::npos);
 }
 
 TEST(Scheduler, AFailingMaskEndsItsRequestOnly) {

@@ -91,7 +91,7 @@ class Sim {
       std::vector<std::uint32_t> bits(step.plan.masked_rows.size() * words);
       for (std::size_t i = 0; i < step.plan.masked_rows.size(); ++i) {
         const auto row = static_cast<std::size_t>(step.plan.masked_rows[i]);
-        step.seqs[row]->req->mask->fill(std::span(bits).subspan(i * words, words));
+        step.seqs[row]->mask->fill(std::span(bits).subspan(i * words, words));
       }
       executor_->set_masks(step.plan.id, bits);
     }
