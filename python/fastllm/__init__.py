@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fastllm.beam import BeamSearchSequence as BeamSearchSequence
     from fastllm.engine_args import AsyncEngineArgs as AsyncEngineArgs
     from fastllm.engine_args import EngineArgs as EngineArgs
+    from fastllm.grammar.params import GuidedDecodingParams as GuidedDecodingParams
+    from fastllm.grammar.params import StructuredOutputsParams as StructuredOutputsParams
     from fastllm.llm import LLM as LLM
     from fastllm.llm_engine import LLMEngine as LLMEngine
     from fastllm.outputs import CompletionOutput as CompletionOutput
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "LLM": "llm",
     "SamplingParams": "sampling",
+    "StructuredOutputsParams": "grammar.params",
+    "GuidedDecodingParams": "grammar.params",
     "BeamSearchParams": "beam",
     "BeamSearchOutput": "beam",
     "BeamSearchSequence": "beam",

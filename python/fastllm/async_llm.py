@@ -20,6 +20,7 @@ from fastllm.client import EngineClient, PromptType
 from fastllm.config import ModelConfig
 from fastllm.engine_args import EngineArgs
 from fastllm.errors import RequestError
+from fastllm.grammar.compiler import GrammarCompiler
 from fastllm.output_processor import RequestState
 from fastllm.outputs import RequestMetrics, RequestOutput
 from fastllm.sampling import SamplingParams
@@ -107,6 +108,10 @@ class AsyncLLM:
         return self._client.model_config
 
     @property
+    def grammars(self) -> GrammarCompiler:
+        return self._client.grammars
+
+    @property
     def engine_config(self) -> _core.EngineConfig:
         return self._client.core.config
 
@@ -138,7 +143,7 @@ class AsyncLLM:
             params = sampling_params.clone()
             text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
             chars = len(text) if isinstance(text, str) else 0
-            if chars + sum(map(len, params.bad_words or ())) > _LONG_TEXT:
+            if params.structured_outputs or chars + sum(map(len, params.bad_words or ())) > _LONG_TEXT:
                 prepared = await asyncio.to_thread(self._client.prepare, prompt, params)
             else:
                 prepared = self._client.prepare(prompt, params)
@@ -198,7 +203,7 @@ class AsyncLLM:
         self._stopped = True
         if self._loop is not None and not self._loop.is_closed():
             self._loop.remove_reader(self._client.core.event_fd())
-        self._client.core.shutdown()
+        self._client.shutdown()
         for stream in self._streams.values():
             if not stream.state.finished:
                 stream.state.error = RequestError("The engine was shut down.", "engine")

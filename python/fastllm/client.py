@@ -21,6 +21,8 @@ from fastllm.config import ModelConfig, sampling_defaults
 from fastllm.device import choose_device, memory_line
 from fastllm.engine_args import EngineArgs
 from fastllm.errors import InvalidArgument, LoadError
+from fastllm.grammar.compiler import CompiledGrammar, GrammarCompiler
+from fastllm.grammar.params import StructuredOutputsParams
 from fastllm.loader.model import ModelFiles, open_model
 from fastllm.loader.tensors import FileTensor, PageRelease
 from fastllm.logits import core_processor
@@ -43,15 +45,17 @@ class PreparedPrompt:
     token_ids: list[int]
     cache_salt: str = ""
     bad_words: list[list[int]] = field(default_factory=list)
+    grammar: CompiledGrammar | None = None
 
 
 class EngineClient:
-    """core: the engine. tokenizer, model_config: what belongs to its model."""
+    """core: the engine. tokenizer, model_config, grammars: what belongs to its model."""
 
     def __init__(self, core: _core.Engine, tokenizer: Tokenizer, model_config: ModelConfig) -> None:
         self.core = core
         self.tokenizer = tokenizer
         self.model_config = model_config
+        self.grammars = GrammarCompiler(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
         self._outputs = OutputProcessor(tokenizer, model_config.eos_token_ids)
         self._core_ids = itertools.count(1)
         self._unread: Sequence[_core.TokenDelta] = ()  # polled, not yet processed
@@ -143,7 +147,10 @@ class EngineClient:
         return cls(core, tokenizer, config)
 
     def prepare(self, prompt: Any, params: SamplingParams) -> PreparedPrompt:
-        """Tokenises and checks a prompt. Raises ValueError saying what is wrong. Callable from any thread."""
+        """Tokenises and checks a prompt, compiles its grammar. Raises ValueError saying what is wrong.
+
+        Callable from any thread.
+        """
         prepared = self._parse(prompt)
         ids = prepared.token_ids
         keep = params.truncate_prompt_tokens
@@ -169,6 +176,8 @@ class EngineClient:
         prepared.token_ids = ids
         if params.bad_words:
             prepared.bad_words = bad_word_tokens(self.tokenizer, params.bad_words)
+        if isinstance(params.structured_outputs, StructuredOutputsParams):
+            prepared.grammar = self.grammars.compile(params.structured_outputs)
         return prepared
 
     def _parse(self, prompt: Any) -> PreparedPrompt:
@@ -225,7 +234,7 @@ class EngineClient:
             timeout_s=timeout_s,
             cache_salt=cache_salt or prompt.cache_salt,
             logits_processor=processor,
-            mask=mask,
+            mask=prompt.grammar.mask() if mask is None and prompt.grammar else mask,
         )
         self._outputs.requests[state.core_id] = state
         self._by_name[request_id] = state
@@ -265,6 +274,11 @@ class EngineClient:
             del self._by_name[state.request_id]
         if self._outputs.requests.pop(state.core_id, None) is not None:
             self.core.abort(state.core_id)
+
+    def shutdown(self) -> None:
+        """Stops the engine and what works for it. Idempotent."""
+        self.core.shutdown()
+        self.grammars.close()
 
     @property
     def live(self) -> list[RequestState]:

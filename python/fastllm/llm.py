@@ -147,7 +147,7 @@ class LLM:
 
     def shutdown(self) -> None:
         """Stops the engine's threads and frees its memory. Idempotent."""
-        self._client.core.shutdown()
+        self._client.shutdown()
 
     def __enter__(self) -> LLM:
         return self

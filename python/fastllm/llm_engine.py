@@ -91,4 +91,4 @@ class LLMEngine:
         self._client.core.reset_prefix_cache()
 
     def shutdown(self) -> None:
-        self._client.core.shutdown()
+        self._client.shutdown()

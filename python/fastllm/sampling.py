@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from fastllm.grammar.params import StructuredOutputsParams
+
 if TYPE_CHECKING:
     from fastllm import _core
 
@@ -40,6 +42,8 @@ class SamplingParams:
     cumulative log-probability over length ** length_penalty, and early_stopping (False, True or "never") says when the
     search ends, as in Transformers. truncate_prompt_tokens: keep only the last so many prompt tokens; -1: what the
     model's limit allows.
+    structured_outputs: what the output must look like, a StructuredOutputsParams or a dict of its fields;
+    guided_decoding is its name in vLLM's earlier versions.
     Raises ValueError naming the field, its value and what is allowed.
     """
 
@@ -73,6 +77,8 @@ class SamplingParams:
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    structured_outputs: StructuredOutputsParams | dict[str, Any] | None = None
+    guided_decoding: StructuredOutputsParams | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -87,6 +93,15 @@ class SamplingParams:
         self._check_stops()
         self._check_choice()
         self._check_beams()
+        self._take_structured_outputs()
+
+    def _take_structured_outputs(self) -> None:
+        if self.guided_decoding is not None:
+            if self.structured_outputs is not None:
+                raise ValueError("structured_outputs and guided_decoding are two names for one thing; pass one.")
+            self.structured_outputs, self.guided_decoding = self.guided_decoding, None
+        if self.structured_outputs is not None:
+            self.structured_outputs = StructuredOutputsParams.of(self.structured_outputs)
 
     def _check_numbers(self) -> None:
         _at_least("n", self.n, 1)
