@@ -58,7 +58,7 @@ def test_same_tokens_alone_and_in_a_batch(llm: LLM) -> None:
     [
         ({"regex": r"\d{3}-[a-f]{2}/x"}, r"\d{3}-[a-f]{2}/x"),
         ({"regex": "(yes|no)\\n[é]"}, "(yes|no)\n[é]"),
-        ({"choice": ["red", "green \"quoted\"", "blé 😀"]}, 'red|green "quoted"|blé 😀'),
+        ({"choice": ["red", 'green "quoted"', "blé 😀"]}, 'red|green "quoted"|blé 😀'),
         ({"grammar": 'start: "SELECT " NAME\nNAME: /[a-z]{2}/'}, "SELECT [a-z]{2}"),
         ({"grammar": 'root ::= "a" [0-9] "b"'}, "a[0-9]b"),
         ({"json": '{"const": "x"}'}, '"x"'),

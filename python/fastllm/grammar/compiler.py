@@ -75,7 +75,10 @@ class GrammarCompiler:
     ) -> CompiledGrammar:
         """Blocks until the grammar is compiled. Raises GrammarError with a sentence if it is wrong or too complex."""
         limits = limits or GrammarLimits()
-        found = self.cached(params, preamble)
+        try:
+            found = self.cached(params, preamble)
+        except RecursionError:
+            raise too_complex(f"The {_NAMES[params.kind]} is nested too deeply.") from None
         if found is not None:
             return found
         vocabulary = self._load_vocabulary()

@@ -18,19 +18,11 @@ _INT64_MAX = (1 << 63) - 1
 
 # Field -> why it is refused when it is set to anything but null, false or its neutral value.
 UNSUPPORTED: dict[str, str] = {
-    "structured_outputs": "structured output",
-    "guided_json": "structured output",
-    "guided_regex": "structured output",
-    "guided_choice": "structured output",
-    "guided_grammar": "structured output",
     "logits_processors": "logits processors over HTTP",
     "logprob_token_ids": "log-probabilities of chosen tokens",
     "prompt_embeds": "prompt embeddings",
     "kv_transfer_params": "KV transfer",
     "suffix": "a suffix (fill in the middle)",
-    "tools": "tool calls",
-    "functions": "tool calls",
-    "function_call": "tool calls",
     "audio": "audio",
 }
 
@@ -80,13 +72,6 @@ def check_fields(request: CommonRequest, limits: Limits) -> None:
         value = getattr(request, name, None)
         if value is not None and value is not False:
             raise bad_request(f"{name}: this server does not support {what} yet.", name, "unsupported_parameter")
-    if request.response_format is not None and request.response_format.type != "text":
-        raise bad_request(
-            f"response_format: the type must be 'text', got {request.response_format.type[:40]!r}; structured output "
-            "is not supported yet.",
-            "response_format",
-            "unsupported_parameter",
-        )
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options can only be set when stream is true.", "stream_options")
     _check_sizes(request, limits)
@@ -137,8 +122,9 @@ def _check_chat(request: ChatRequest, limits: Limits) -> None:
         raise bad_request("messages must contain at least one message.", "messages")
     _check_length("messages", request.messages, limits.max_messages)
     _check_length("documents", request.documents, limits.max_messages)
-    if request.tool_choice not in (None, "none", "auto"):
-        raise bad_request("tool_choice: this server does not support tool calls yet.", "tool_choice")
+    for name, instead in (("functions", "tools"), ("function_call", "tool_choice")):
+        if getattr(request, name) is not None:
+            raise bad_request(f"{name} is not supported; send {instead} instead.", name, "unsupported_parameter")
     if request.modalities not in (None, ["text"]):
         raise bad_request("modalities: this server only produces text.", "modalities", "unsupported_parameter")
     if request.chat_template is not None:

@@ -165,7 +165,8 @@ class Server:
         if self._llm is not None:
             self._llm.shutdown()  # what still runs ends with an error its client can read
         await self._runner.cleanup()
-        self.state.workers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.state.workers, self.state.compilers):
+            pool.shutdown(wait=False, cancel_futures=True)
         if self._chores is not None:
             self._chores.cancel()
         if self._uds is not None:

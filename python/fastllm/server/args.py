@@ -8,6 +8,7 @@ from dataclasses import fields
 from fastllm.arg_parser import Version, parse_count, parse_seconds
 from fastllm.environment import defaults_from_environment
 from fastllm.server.answer_flags import add_answer_flags
+from fastllm.server.dialect import add_dialect_flags
 from fastllm.server.limits import Limits
 from fastllm.server.log_flags import add_log_flags
 from fastllm.server.network_flags import add_network_flags
@@ -21,6 +22,11 @@ _LIMIT_FLAGS: dict[str, tuple[str, str]] = {
     "max_prompts": ("N", "most prompts in one completions call"),
     "max_sequences": ("N", "most prompts * n in one call"),
     "max_stop_strings": ("N", "most stop strings of a request"),
+    "max_tools": ("N", "most tools of a request"),
+    "max_schema_bytes": ("BYTES", "largest JSON schema, regex or grammar"),
+    "max_schema_nodes": ("N", "most values in a JSON schema"),
+    "max_schema_depth": ("N", "most levels of nesting in a JSON schema"),
+    "max_compile_time_s": ("SECONDS", "time to compile a JSON schema, regex or grammar; more gets 400"),
     "body_timeout_s": ("SECONDS", "time for a client to send its body"),
     "write_timeout_s": ("SECONDS", "time a client may leave a stream unread before it is dropped"),
     "keepalive_timeout_s": ("SECONDS", "time an idle connection stays open"),
@@ -54,6 +60,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
     api.add_argument("--disable-console", dest="console", action="store_false", help="no page for browsers at /")
     api.add_argument("--response-role", default="assistant", metavar="ROLE", help="role of chat answers")
+    add_dialect_flags(api)
     limits = parser.add_argument_group("limits", "What one request, or all of them together, may ask for.")
     defaults = {field.name: field.default for field in fields(Limits)}
     for name, (metavar, text) in _LIMIT_FLAGS.items():

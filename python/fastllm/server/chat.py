@@ -9,16 +9,17 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
-from fastllm.outputs import CompletionOutput
+from fastllm.outputs import CompletionOutput, RequestOutput
 from fastllm.server import admission
+from fastllm.server.answer_form import AnswerForm
 from fastllm.server.body import read_json
+from fastllm.server.chat_output import message_of
 from fastllm.server.completions import wire_id
 from fastllm.server.generation import Job, UsageCounter, accepted, collect, first_then_rest, run
 from fastllm.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from fastllm.server.params import output_room, sampling_params
 from fastllm.server.prompts import encode_messages, truncate_ids
 from fastllm.server.protocol import (
-    AssistantMessage,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -40,14 +41,18 @@ async def handle(request: web.Request) -> web.StreamResponse:
     admission.check_fields(body, state.limits)
     admission.check_priority(state, body.priority)
     sequences = admission.check_sequences(1, body, state.limits)
+    answer = AnswerForm.of(state, body)
     admission.check_open(state)
     admission.check_queue(state, sequences)
     with accepted(state, sequences):
-        _, ids = await encode_messages(state, body, bool(body.add_special_tokens))
+        text, ids = await encode_messages(state, body, bool(body.add_special_tokens), answer.tools)
         ids = truncate_ids(state, ids, body.truncate_prompt_tokens, output_room(body))
         admission.check_tokens(state, ids, "messages")
         job = Job(ids, sampling_params(state, body, len(ids), "messages"))
-        call = _Call(state, body, job, wire_id("chatcmpl", request, body.request_id))
+        answer.see_prompt(text)
+        answer.adjust(job.params)
+        job.grammar = await answer.compile()
+        call = _Call(state, body, job, answer, wire_id("chatcmpl", request, body.request_id))
         if body.stream:
             return await call.stream(request)
         return web.Response(body=await call.answer(), content_type="application/json", charset="utf-8")
@@ -56,7 +61,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
 class _Call:
     """One admitted conversation."""
 
-    def __init__(self, state: ServerState, body: ChatRequest, job: Job, id: str) -> None:
+    def __init__(self, state: ServerState, body: ChatRequest, job: Job, answer: AnswerForm, id: str) -> None:
         self.state = state
         self.body = body
         self.job = job
@@ -67,21 +72,28 @@ class _Call:
         continues = body.continue_final_message or body.add_generation_prompt is False
         self.role = body.messages[-1].role if continues else state.response_role
         self.counter = UsageCounter([job])
+        self.form = answer
+        self.samples = [answer.sample() for _ in range(body.n or 1)]
+
+    def _count(self, output: RequestOutput) -> None:
+        self.counter.add(0, output)
+        if self.form.reasoning is not None:
+            self.counter.reasoning = sum(sample.reasoning_tokens or 0 for sample in self.samples)
 
     async def answer(self) -> bytes:
         (output,) = await collect(self.state, [self.job], self.id, self.body)
-        self.counter.add(0, output)
         choices = [
             ChatChoice(
                 sample.index,
-                AssistantMessage(self.role, sample.text),
+                message_of(self.role, self.samples[sample.index].read(sample.text, sample.token_ids, True)),
                 self._logprobs(sample),
-                sample.finish_reason,
+                self._finish_reason(sample),
                 sample.stop_reason,
                 list(sample.token_ids) if self.body.return_token_ids else None,
             )
             for sample in output.outputs
         ]
+        self._count(output)
         wants_prompt = self.body.prompt_logprobs is not None
         return msgspec.json.encode(
             ChatResponse(
@@ -95,6 +107,11 @@ class _Call:
                 prompt_token_ids=self.job.prompt_ids if self.body.return_token_ids else None,
             )
         )
+
+    def _finish_reason(self, sample: CompletionOutput) -> str | None:
+        """OpenAI says "stop" after a call that the request itself named."""
+        called = self.samples[sample.index].called and not (self.form.tools and self.form.tools.forced)
+        return "tool_calls" if called and sample.finish_reason == "stop" else sample.finish_reason
 
     def _logprobs(self, sample: CompletionOutput) -> ChatLogprobs | None:
         if not self.body.logprobs or sample.logprobs is None:
@@ -125,8 +142,8 @@ class _Call:
                     chunks[0].prompt_token_ids = self.job.prompt_ids
                 await events.send(*chunks)
                 async for _, output in rest:
-                    self.counter.add(0, output)
                     choices = [choice for sample in output.outputs for choice in self._delta_choices(sample)]
+                    self._count(output)
                     if choices:
                         await events.send(*(self._chunk([choice], usage()) for choice in choices))
             except ConnectionError:
@@ -140,20 +157,23 @@ class _Call:
         return await events.done()
 
     def _delta_choices(self, sample: CompletionOutput) -> list[ChatChunkChoice]:
-        """OpenAI's order: content while there is some, then an empty delta that carries the finish reason."""
+        """OpenAI's order: what the text adds while there is some, then an empty delta with the finish reason."""
         choices: list[ChatChunkChoice] = []
         logprobs = self._logprobs(sample) if sample.token_ids else None
         token_ids = list(sample.token_ids) if self.body.return_token_ids and sample.token_ids else None
-        if sample.text or logprobs is not None or token_ids is not None:
-            choices.append(ChatChunkChoice(sample.index, Delta(content=sample.text), logprobs, token_ids=token_ids))
-        if sample.finish_reason is not None:
+        finished = sample.finish_reason is not None
+        deltas = self.samples[sample.index].read(sample.text, sample.token_ids, finished)
+        if not deltas and (logprobs is not None or token_ids is not None):
+            deltas = [Delta(content="")]  # text that is held back has tokens all the same
+        for number, delta in enumerate(deltas):
+            choices.append(ChatChunkChoice(sample.index, delta))
+            if number == 0:
+                choices[-1].logprobs, choices[-1].token_ids = logprobs, token_ids
+        if finished:
+            reason = self._finish_reason(sample)
             choices.append(
                 ChatChunkChoice(
-                    sample.index,
-                    Delta(),
-                    finish_reason=sample.finish_reason,
-                    stop_reason=sample.stop_reason,
-                    token_ids=None,
+                    sample.index, Delta(), finish_reason=reason, stop_reason=sample.stop_reason, token_ids=None
                 )
             )
         return choices

@@ -23,6 +23,7 @@ from fastllm.server.prompts import encode_prompt, prompt_text
 from fastllm.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse
 from fastllm.server.state import STATE_KEY, ServerState
 from fastllm.server.streaming import EventStream
+from fastllm.server.structured import compile_constraint, read_constraint
 
 
 def wire_id(prefix: str, request: web.Request, given: str | None) -> str:
@@ -38,14 +39,17 @@ async def handle(request: web.Request) -> web.StreamResponse:
     admission.check_model(state, body.model)
     admission.check_fields(body, state.limits)
     prompts = admission.split_prompts(body, state.limits)
+    constraint = read_constraint(body)
     admission.check_priority(state, body.priority)
     sequences = admission.check_sequences(len(prompts), body, state.limits)
     admission.check_open(state)
     admission.check_queue(state, sequences)
     with accepted(state, sequences):
         jobs: list[Job] = []
+        grammar = await compile_constraint(state, *constraint) if constraint else None
         for prompt in prompts:
             jobs.append(await _job(state, body, prompt))
+            jobs[-1].grammar = grammar
             await asyncio.sleep(0)  # between the prompts of a batch others get their turn
         call = _Call(state, body, jobs, wire_id("cmpl", request, body.request_id))
         if body.stream:

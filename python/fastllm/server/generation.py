@@ -9,11 +9,12 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 from fastllm.errors import RequestError
+from fastllm.grammar.compiler import CompiledGrammar
 from fastllm.outputs import RequestOutput
 from fastllm.sampling import SamplingParams
 from fastllm.server.body import field_names
 from fastllm.server.errors import ENGINE_ERROR_STATUS, ApiError, from_value_error
-from fastllm.server.protocol import CommonRequest, PromptTokensDetails, Usage
+from fastllm.server.protocol import CommonRequest, CompletionTokensDetails, PromptTokensDetails, Usage
 from fastllm.server.state import Phase, ServerState
 from fastllm.server.streaming import EventStream
 
@@ -29,6 +30,7 @@ class Job:
     prompt_ids: list[int]
     params: SamplingParams
     text: str | None = None  # what echo repeats
+    grammar: CompiledGrammar | None = None  # what the output must look like
 
 
 @contextmanager
@@ -67,6 +69,7 @@ async def _one(
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
         queue_timeout=state.limits.max_waiting_time_s,
+        mask=None if job.grammar is None else job.grammar.mask(),
     )
     try:
         async with aclosing(outputs):
@@ -138,6 +141,7 @@ class UsageCounter:
     def __init__(self, jobs: list[Job]) -> None:
         self.prompt = sum(len(job.prompt_ids) for job in jobs)
         self.completion = 0
+        self.reasoning: int | None = None  # None: the model does not reason
         self._cached = [0] * len(jobs)
         self._ranks = jobs[0].params.ranks
 
@@ -153,6 +157,7 @@ class UsageCounter:
             self.prompt + self.completion,
             self.completion,
             PromptTokensDetails(cached_tokens=sum(self._cached)),
+            None if self.reasoning is None else CompletionTokensDetails(self.reasoning),
         )
 
 

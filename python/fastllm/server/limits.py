@@ -19,6 +19,11 @@ class Limits:
     max_bad_word_chars: int = 256  # of one
     max_allowed_token_ids: int = 1 << 14
     max_messages: int = 10_000
+    max_tools: int = 128
+    max_schema_bytes: int = 64 << 10  # bytes of a JSON schema, regex or grammar
+    max_schema_nodes: int = 5000  # values in a JSON schema
+    max_schema_depth: int = 64  # levels of nesting in a JSON schema
+    max_compile_time_s: float = 1.0  # seconds to compile a schema, regex or grammar
     max_waiting: int | None = None  # requests beyond those that run; None: four times the running ones, at least 64
     max_waiting_time_s: float | None = None  # seconds a request may wait before it starts; None: no limit
     body_timeout_s: float = 30.0  # seconds for a client to send its body

@@ -13,6 +13,8 @@ from fastllm.server.errors import bad_request
 from fastllm.server.protocol import ChatMessage, ChatRequest, TokenizeRequest
 from fastllm.server.state import ServerState
 from fastllm.server.template_kwargs import check_documents, check_template_kwargs
+from fastllm.server.tools.prompt import spelled_out
+from fastllm.server.tools.request import Tools, with_parsed_arguments
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 HasMessages = ChatRequest | TokenizeRequest
@@ -52,8 +54,10 @@ def truncate_ids(state: ServerState, ids: list[int], truncate: int | None, room:
     return ids[-keep:]
 
 
-async def encode_messages(state: ServerState, request: HasMessages, add_special_tokens: bool) -> tuple[str, list[int]]:
-    """The rendered prompt and its tokens."""
+async def encode_messages(
+    state: ServerState, request: HasMessages, add_special_tokens: bool, tools: Tools | None = None
+) -> tuple[str, list[int]]:
+    """The rendered prompt and its tokens. tools: what the model may call."""
     messages = [_for_template(message, index) for index, message in enumerate(request.messages or ())]
     chars = sum(len(message["content"] or "") for message in messages)
     check_text_length(state, chars, "messages")
@@ -69,11 +73,17 @@ async def encode_messages(state: ServerState, request: HasMessages, add_special_
     if continue_final and messages[-1]["role"] != "assistant":
         raise bad_request("continue_final_message needs a last message of the assistant.", "continue_final_message")
     tokenizer = state.llm.tokenizer
+    if not state.dialect.tools_in_template:
+        messages, tools = spelled_out(messages, tools, state.dialect.system_in_template), None
+    if isinstance(request, ChatRequest) and request.reasoning_effort is not None:
+        thinks = request.reasoning_effort != "none"
+        kwargs = {"reasoning_effort": request.reasoning_effort, "enable_thinking": thinks} | kwargs
 
     def render_and_encode() -> tuple[str, list[int]]:
         text = tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=add_generation_prompt,
+            tools=None if tools is None else tools.tools,
             continue_final_message=continue_final,
             chat_template=state.llm.model_config.chat_template,
             **variables,
@@ -109,6 +119,8 @@ def _for_template(message: ChatMessage, index: int) -> dict[str, Any]:
         raise bad_request(f"messages[{index}].content must be a string or a list of text parts.", "messages")
     result: dict[str, Any] = msgspec.to_builtins(message)
     result["content"] = content or ""
+    if message.tool_calls:
+        result["tool_calls"] = with_parsed_arguments(message.tool_calls, f"messages[{index}]")
     return result
 
 

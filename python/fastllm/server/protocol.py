@@ -16,6 +16,11 @@ class StreamOptions(Struct):
 
 class ResponseFormat(Struct):
     type: str
+    json_schema: Any = None
+    schema: Any = None
+    structures: Any = None
+    triggers: Any = None
+    format: Any = None
 
 
 class CommonRequest(Struct, kw_only=True):
@@ -59,13 +64,15 @@ class CommonRequest(Struct, kw_only=True):
     allowed_token_ids: list[int] | None = None
     return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    guided_decoding_backend: str | None = None
 
     # Known, and refused by name when they ask for something: see admission.UNSUPPORTED.
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     logits_processors: Any = None
     logprob_token_ids: Any = None
     prompt_embeds: Any = None
@@ -104,11 +111,14 @@ class ChatRequest(CommonRequest, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    tools: Any = None
-    tool_choice: Any = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: str | None = None
+
     functions: Any = None
     function_call: Any = None
-    parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
     audio: Any = None
     chat_template: str | None = None
@@ -139,12 +149,16 @@ class PromptTokensDetails(Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int
+
+
 class Usage(Struct):
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
-    completion_tokens_details: None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class PromptLogprob(Struct):
@@ -206,6 +220,17 @@ class ChatLogprobs(Struct):
     content: list[TokenLogprob]
 
 
+class FunctionCall(Struct):
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct):
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+
 class AssistantMessage(Struct):
     role: str
     content: str | None
@@ -213,7 +238,9 @@ class AssistantMessage(Struct):
     annotations: None = None
     audio: None = None
     function_call: None = None
-    reasoning: None = None
+    reasoning: str | None = None
+    reasoning_content: str | UnsetType = UNSET  # the same, under the name of other servers
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
@@ -243,9 +270,24 @@ class ChatResponse(Struct, kw_only=True):
     metrics: None = None
 
 
+class FunctionDelta(Struct):
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct):
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta | UnsetType = UNSET
+
+
 class Delta(Struct):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct):

@@ -132,6 +132,8 @@ def _state(args: argparse.Namespace) -> ServerState:
         sse_keep_alive_s=args.sse_keep_alive_interval,
         scheduler_delay_s=args.scheduler_delay,
         text_threads=args.tokenizer_pool_size or 2,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
     )
 
 

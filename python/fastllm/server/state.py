@@ -14,6 +14,7 @@ from aiohttp import web
 
 from fastllm.server.auth import ApiKeys
 from fastllm.server.batch_window import BatchWindow
+from fastllm.server.dialect import Dialect, choose_dialect
 from fastllm.server.errors import ApiError
 from fastllm.server.http_metrics import HttpMetrics
 from fastllm.server.limits import Limits
@@ -50,6 +51,8 @@ class ServerState:
         sse_keep_alive_s: float = 0.0,
         scheduler_delay_s: float = 0.0,
         text_threads: int = 2,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
     ) -> None:
         """log_requests: a line per answered request, except for `quiet_paths`; refused ones always have one."""
         self.limits = limits or Limits()
@@ -61,6 +64,7 @@ class ServerState:
         self.force_include_usage = force_include_usage
         self.sse_keep_alive_s = sse_keep_alive_s
         self.batch_window = BatchWindow(scheduler_delay_s)
+        self._parsers = (tool_call_parser, reasoning_parser)
         self.phase = Phase.LOADING
         self.load_progress: float | None = None  # 0 to 1 of the weights' bytes; written by the loading thread
         self.started = time.monotonic()
@@ -70,10 +74,13 @@ class ServerState:
         self._metric_aliases = metric_aliases
         # Two threads: templates and long prompts never wait for the loop, and never take more than they need of it.
         self.workers = ThreadPoolExecutor(max_workers=text_threads, thread_name_prefix="fastllm-text")
+        # Compiling a grammar mostly waits for a thread of the compiler, at most its time limit.
+        self.compilers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="fastllm-compile")
         self.active_requests = 0  # accepted and not yet answered
         self.active_sequences = 0  # prompts * n of those
         self._idle = asyncio.Event()
         self._idle.set()
+        self.dialect = Dialect()
         self._llm: AsyncLLM | None = None
         self._logged_fields: set[str] = set()
 
@@ -81,6 +88,7 @@ class ServerState:
 
     def set_ready(self, llm: AsyncLLM) -> None:
         self._llm = llm
+        self.dialect = choose_dialect(llm, *self._parsers)
         self.metrics = Metrics(llm, self.http, aliases=self._metric_aliases)
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY

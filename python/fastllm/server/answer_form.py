@@ -1,0 +1,78 @@
+"""What the answer to a chat request may hold: tool calls, reasoning, a form that it must have."""
+
+from __future__ import annotations
+
+from fastllm.grammar.compiler import CompiledGrammar
+from fastllm.grammar.params import StructuredOutputsParams
+from fastllm.grammar.source import Preamble
+from fastllm.sampling import SamplingParams
+from fastllm.server.chat_output import ChatOutput
+from fastllm.server.errors import bad_request
+from fastllm.server.protocol import ChatRequest
+from fastllm.server.reasoning import ReasoningParser, ReasoningTags, is_opened
+from fastllm.server.state import ServerState
+from fastllm.server.structured import compile_constraint, grammar_limits, read_constraint
+from fastllm.server.tools.request import Tools, read_tools
+
+
+class AnswerForm:
+    """Owned by one request. Made by of() before anything is allocated; see_prompt() once the prompt is rendered."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        tools: Tools | None,
+        constraint: tuple[StructuredOutputsParams, str] | None,
+        show_reasoning: bool,
+    ) -> None:
+        self.tools = tools
+        self.reasoning: ReasoningTags | None = state.dialect.reasoning
+        self._state = state
+        self._constraint = constraint
+        self._show_reasoning = show_reasoning
+        self._opened = False  # the prompt ends inside the reasoning
+        self._closed = False  # the prompt ends behind the reasoning: the model is not to think
+
+    @classmethod
+    def of(cls, state: ServerState, body: ChatRequest) -> AnswerForm:
+        """Raises a 400 that names the field."""
+        limits = grammar_limits(state.limits)
+        tools = read_tools(
+            body.tools, body.tool_choice, body.parallel_tool_calls, max_tools=state.limits.max_tools, limits=limits
+        )
+        constraint = read_constraint(body)
+        if tools is not None and tools.must_call:
+            if constraint is not None:
+                raise bad_request(f"{constraint[1]} cannot be set when tool_choice asks for a call.", constraint[1])
+            grammar = state.dialect.tools.grammar(tools.functions, tools.parallel, state.dialect.specials)
+            constraint = StructuredOutputsParams(grammar=grammar), "tools"
+        return cls(state, tools, constraint, body.include_reasoning is not False)
+
+    def see_prompt(self, text: str) -> None:
+        if self.reasoning is not None:
+            self._opened = is_opened(text, self.reasoning)
+            self._closed = text.rstrip().endswith(self.reasoning.end)
+
+    def adjust(self, params: SamplingParams) -> None:
+        """Has the marks reach the parsers where they are special tokens."""
+        if self._state.dialect.shows_marks(with_tools=self.tools is not None):
+            params.skip_special_tokens = False
+
+    async def compile(self) -> CompiledGrammar | None:
+        if self._constraint is None:
+            return None
+        preamble = None
+        if self.reasoning is not None and not self._closed:
+            preamble = Preamble(self.reasoning.start, self.reasoning.end, self._opened)
+        return await compile_constraint(self._state, *self._constraint, preamble)
+
+    def sample(self) -> ChatOutput:
+        dialect = self._state.dialect
+        return ChatOutput(
+            dialect.tools.parser(self.tools.names) if self.tools is not None else None,
+            ReasoningParser(self.reasoning, self._opened) if self.reasoning is not None else None,
+            show_reasoning=self._show_reasoning,
+            max_calls=None if self.tools is None or self.tools.parallel else 1,
+            call_id_length=dialect.tools.id_length,
+            reasoning_end_id=dialect.reasoning_end_id,
+        )

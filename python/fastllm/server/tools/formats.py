@@ -1,0 +1,114 @@
+"""How each family of chat templates has its models write calls: to recognise, to read, and to enforce."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastllm.grammar.source import json_schema, literal
+from fastllm.server.tools.parsers import MistralParser, ObjectParser, TaggedParser, ToolParser
+
+# More calls than this in one answer are a model that repeats itself.
+_MAX_PARALLEL = 16
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """A family. marks: text that must survive detokenising even where it is a special token.
+
+    parser: from the names on offer. written: what stands before the first call, before each, after each, between two
+    of them and after the last; a `{name}` there is the function's. parallel: several calls in one answer.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    parser: Callable[[Collection[str]], ToolParser]
+    written: tuple[str, str, str, str, str]
+    parallel: bool = True
+    id_length: int = 0  # characters of a call's id where the template wants just so many; 0: ours
+
+    def grammar(self, functions: Sequence[Mapping[str, Any]], parallel: bool, specials: Mapping[str, int]) -> str:
+        """A Lark grammar of at least one call of one of the functions."""
+        before, start, end, between, after = self.written
+        rules = []
+        for number, function in enumerate(functions):
+            name = json.dumps(function["name"])[1:-1]
+            schema = json_schema(function.get("parameters") or {"type": "object"})
+            rules.append(
+                f"call_{number}: {literal(start.replace('{name}', name), specials)} %json {json.dumps(schema)} "
+                f"{literal(end, specials)}\n"
+            )
+        more = f" ({literal(between, specials)} call){{0,{_MAX_PARALLEL - 1}}}" if parallel and self.parallel else ""
+        names = " | ".join(f"call_{number}" for number in range(len(functions)))
+        return (
+            f"%llguidance {{}}\nstart: {literal(before, specials)} call{more} {literal(after, specials)}\n"
+            f"call: {names}\n{''.join(rules)}"
+        )
+
+
+HERMES = ToolFormat(
+    "hermes",
+    ("<tool_call>", "</tool_call>"),
+    lambda names: TaggedParser(),
+    ("", '<tool_call>\n{"name": "{name}", "arguments": ', "}\n</tool_call>", "\n", ""),
+)
+LLAMA3 = ToolFormat(
+    "llama3_json",
+    ("<|python_tag|>",),
+    lambda names: ObjectParser(names, ("<|python_tag|>",)),
+    ("", '{"name": "{name}", "parameters": ', "}", "", ""),
+    parallel=False,
+)
+MISTRAL = ToolFormat(
+    "mistral",
+    ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    lambda names: MistralParser(),
+    ("[TOOL_CALLS][", '{"name": "{name}", "arguments": ', "}", ", ", "]"),
+    id_length=9,
+)
+MISTRAL_NAMED = ToolFormat(
+    "mistral",
+    MISTRAL.marks,
+    MISTRAL.parser,
+    ("", "[TOOL_CALLS]{name}[ARGS]", "", "", ""),
+    id_length=9,
+)
+GENERIC = ToolFormat(
+    "json",
+    (),
+    lambda names: ObjectParser(names),
+    ("", '{"name": "{name}", "arguments": ', "}", "\n", ""),
+)
+
+# Names of --tool-call-parser, vLLM's among them.
+BY_NAME: dict[str, ToolFormat] = {
+    "hermes": HERMES,
+    "qwen": HERMES,
+    "qwen2_5": HERMES,
+    "qwen25": HERMES,
+    "qwen3": HERMES,
+    "llama3_json": LLAMA3,
+    "llama4_json": LLAMA3,
+    "mistral": MISTRAL,
+    "json": GENERIC,
+}
+
+
+def choose_format(template: str | None) -> ToolFormat:
+    """The family a chat template belongs to; GENERIC where it shows none."""
+    text = template or ""
+    if "<tool_call>" in text and not re.search(r"<function=|<arg_key>", text):
+        return HERMES
+    if "[TOOL_CALLS]" in text:
+        return MISTRAL_NAMED if "[ARGS]" in text else MISTRAL
+    if "<|python_tag|>" in text or ("<|start_header_id|>" in text and "ipython" in text):
+        return LLAMA3
+    return GENERIC
+
+
+def knows_tools(template: str | None) -> bool:
+    """The template shows the model what is on offer."""
+    return template is not None and re.search(r"\btools\b", template) is not None
