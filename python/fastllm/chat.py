@@ -1,9 +1,12 @@
-"""Renders chat templates: Jinja in a sandbox, with the helpers that templates on the Hugging Face hub rely on."""
+"""Renders chat templates: Jinja in a sandbox, with the helpers that templates on the Hugging Face hub rely on.
+
+The sandbox does not bound time and memory, so templates of models are rendered through TemplateRenderer.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import jinja2
 
+_MAX_CHARS = 16 << 20  # of a rendered prompt; no context is that long
 # Put at the end of the last message to find, in the rendered text, where it stops.
 _FINAL_MARK = "\u241efinal message\u241e"
 
@@ -41,14 +45,32 @@ def render_chat(
     if continue_final_message:
         conversation[-1] = _marked(conversation[-1])
     try:
-        text = _compile(template).render(
+        pieces = _compile(template).generate(
             messages=conversation, tools=tools, add_generation_prompt=add_generation_prompt, **variables
         )
+        text = "".join(_bounded(pieces))
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"The chat template is not valid Jinja, line {error.lineno}: {error.message}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        ArithmeticError,
+    ) as error:
         raise ValueError(f"The chat template refused the conversation: {error}") from error
     return _up_to_mark(text) if continue_final_message else text
+
+
+def _bounded(pieces: Iterable[str]) -> Iterator[str]:
+    chars = 0
+    for piece in pieces:
+        chars += len(piece)
+        if chars > _MAX_CHARS:
+            raise ValueError(f"it makes more than {_MAX_CHARS} characters of it")
+        yield piece
 
 
 def _marked(message: dict[str, Any]) -> dict[str, Any]:

@@ -279,6 +279,7 @@ class EngineClient:
         """Stops the engine and what works for it. Idempotent."""
         self.core.shutdown()
         self.grammars.close()
+        self.tokenizer.templates.close()
 
     @property
     def live(self) -> list[RequestState]:

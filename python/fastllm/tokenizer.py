@@ -8,9 +8,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from fastllm.chat import render_chat
 from fastllm.errors import LoadError
 from fastllm.loader.files import check_file, read_json
+from fastllm.template_renderer import TemplateRenderer
 
 _LONG_TEXT = 2000  # characters; from here on other threads run meanwhile: only encode_batch gives up the GIL
 
@@ -34,6 +34,7 @@ class Tokenizer:
         backend.no_truncation()
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        self.templates = TemplateRenderer()
         self.byte_level = _decoder_type(backend) == "ByteLevel"
         self._stream_bytes: dict[int, bytes] = {}  # of the tokens seen so far
 
@@ -109,7 +110,7 @@ class Tokenizer:
         **kwargs: Any,
     ) -> str:
         """The prompt text of a conversation. Raises ValueError saying what the template or the messages lack."""
-        return render_chat(
+        return self.templates.render(
             chat_template or self.template_for(tools),
             messages,
             add_generation_prompt=add_generation_prompt,

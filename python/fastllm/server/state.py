@@ -90,6 +90,8 @@ class ServerState:
         self._llm = llm
         self.dialect = choose_dialect(llm, *self._parsers)
         self.metrics = Metrics(llm, self.http, aliases=self._metric_aliases)
+        if llm.tokenizer.chat_template is not None:
+            self.workers.submit(llm.tokenizer.templates.warm)  # or the first chat would wait for a process to start
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
 
