@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastllm.grammar.limits import GrammarError, GrammarLimits, too_complex
-from fastllm.grammar.mask import GrammarMask, allowed_tokens, first_line
+from fastllm.grammar.mask import GrammarMask, MaskBatch, check_mask, first_line, make_batch
 from fastllm.grammar.params import StructuredOutputsParams
 from fastllm.grammar.source import Preamble, grammar_source
 from fastllm.grammar.vocabulary import build_vocabulary
@@ -34,11 +33,11 @@ class CompiledGrammar:
     """A grammar at its beginning. Immutable; mask() may be called from any thread, once per request."""
 
     matcher: LLMatcher
-    first: NDArray[np.uint32]
-    pool: ThreadPoolExecutor
+    first: NDArray[np.int32]  # what may begin an output
+    batch: MaskBatch
 
     def mask(self) -> GrammarMask:
-        return GrammarMask(self.matcher.deep_copy(), self.first, self.pool)
+        return GrammarMask(self.matcher.deep_copy(), self.first, self.batch)
 
 
 class GrammarCompiler:
@@ -54,10 +53,9 @@ class GrammarCompiler:
         self._loading = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
         self._specials: dict[str, int] = {}
-        cores = os.cpu_count() or 1
-        # A compilation that ran out of its time keeps a thread until it ends by itself; masks must not wait for it.
+        self._batch: MaskBatch | None = None
+        # A compilation that ran out of its time keeps a thread until it ends by itself.
         self._compiling = ThreadPoolExecutor(2, thread_name_prefix="fastllm-grammar")
-        self._masking = ThreadPoolExecutor(min(8, cores), thread_name_prefix="fastllm-mask")
 
     def cached(self, params: StructuredOutputsParams, preamble: Preamble | None = None) -> CompiledGrammar | None:
         key = (params.key, preamble)
@@ -103,7 +101,6 @@ class GrammarCompiler:
 
     def close(self) -> None:
         self._compiling.shutdown(wait=False, cancel_futures=True)
-        self._masking.shutdown(wait=False, cancel_futures=True)
 
     def _load_vocabulary(self) -> LLTokenizer:
         with self._loading:
@@ -123,11 +120,18 @@ class GrammarCompiler:
         if matcher.is_error():
             raise _refusal(matcher.get_error(), kind)
         try:
-            first = allowed_tokens(matcher)
+            first = np.frombuffer(matcher.compute_bitmask(), np.int32)
+            check_mask(matcher, first)
         except ValueError as error:
             name = _NAMES[kind]
             raise too_complex(f"The {name} has no output that ends ({error}); does it refer to itself?") from None
-        return CompiledGrammar(matcher, first, self._masking)
+        return CompiledGrammar(matcher, first, self._masks(vocabulary))
+
+    def _masks(self, vocabulary: LLTokenizer) -> MaskBatch:
+        with self._loading:
+            if self._batch is None:
+                self._batch = make_batch((vocabulary.vocab_size + 31) // 32)
+            return self._batch
 
     def _remember(self, key: tuple[str, Preamble | None], compiled: CompiledGrammar) -> None:
         with self._lock:

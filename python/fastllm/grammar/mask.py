@@ -1,66 +1,90 @@
-"""The tokens that one sample may continue with, computed by a pool of threads while the device works."""
+"""The tokens that samples may continue with: one mask each, those of a step computed together by native threads."""
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future, TimeoutError
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLExecutor, LLMatcher
 
-# A step of the whole batch waits for its slowest mask, so a grammar that takes longer ends its own request.
-_MAX_WAIT_S = 5.0
-
-
-def allowed_tokens(matcher: LLMatcher) -> NDArray[np.uint32]:
-    """One bit per token, 1 = allowed. Raises ValueError if the grammar has come to nothing. Releases the GIL."""
-    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint32)
-    if matcher.is_error():
-        raise ValueError(first_line(matcher.get_error()))
-    if not bits.any():
-        raise ValueError("the grammar allows no token of this model's vocabulary here")
-    return bits
+_MAX_THREADS = 8
 
 
 def first_line(text: str) -> str:
     return text.strip().partition("\n")[0][:300]
 
 
-class GrammarMask:
-    """A `_core` token mask: the engine thread calls fill and accept in turn. Each sample has its own.
+def check_mask(matcher: LLMatcher, bits: NDArray[np.int32]) -> None:
+    """Raises ValueError if the grammar has come to nothing."""
+    if matcher.is_error():
+        raise ValueError(first_line(matcher.get_error()))
+    if not bits.any():
+        raise ValueError("the grammar allows no token of this model's vocabulary here")
 
-    engine thread   accept(token) -----------------> submit step -> fill: waits only for what is left
-    pool                     \\-> mask of the next token --------/
+
+class MaskBatch:
+    """The masks that the next step will ask for. Engine thread only; the GIL is released while they are computed.
+
+    step k      accept accept accept | submit to the device | fill: computes all three | fill | fill
     """
 
-    def __init__(self, matcher: LLMatcher, first: NDArray[np.uint32], pool: Executor) -> None:
-        self._matcher = matcher
+    def __init__(self, executor: LLExecutor, words: int) -> None:
+        self._executor = executor
+        self._words = words  # of 32 tokens
+        self._waiting: list[GrammarMask] = []
+
+    def add(self, mask: GrammarMask) -> None:
+        self._waiting.append(mask)
+
+    def compute(self) -> None:
+        from llguidance.numpy import fill_next_token_bitmask_par
+
+        masks, self._waiting = self._waiting, []
+        bits = np.zeros((len(masks), self._words), np.int32)
+        fill_next_token_bitmask_par(self._executor, [(mask.matcher, row) for row, mask in enumerate(masks)], bits)
+        for row, mask in enumerate(masks):
+            mask.bits = bits[row]
+
+
+def make_batch(words: int) -> MaskBatch:
+    from llguidance import LLExecutor
+
+    return MaskBatch(LLExecutor(min(_MAX_THREADS, os.cpu_count() or 1)), words)
+
+
+class GrammarMask:
+    """A `_core` token mask: the engine calls fill and accept in turn. Each sample has its own.
+
+    bits: what may come next, one bit per token; None from accept until the batch has computed it.
+    """
+
+    def __init__(self, matcher: LLMatcher, first: NDArray[np.int32], batch: MaskBatch) -> None:
+        self.matcher = matcher
+        self.bits: NDArray[np.int32] | None = first
         self._first = first
-        self._pool = pool
-        self._next: Future[NDArray[np.uint32]] | None = None  # None: nothing was accepted yet
+        self._batch = batch
 
     def fill(self, bits: NDArray[np.uint32]) -> None:
-        if self._next is None:
-            allowed = self._first
-        else:
-            try:
-                allowed = self._next.result(_MAX_WAIT_S)
-            except TimeoutError:
-                raise ValueError(f"the grammar took longer than {_MAX_WAIT_S:g} s for one token") from None
-        bits[:] = allowed[: len(bits)]
+        if self.bits is None:
+            self._batch.compute()
+        assert self.bits is not None
+        check_mask(self.matcher, self.bits)
+        bits[:] = self.bits.view(np.uint32)[: len(bits)]
 
     def accept(self, token: int) -> bool:
-        if not self._matcher.consume_token(token):
+        if not self.matcher.consume_token(token):
             raise ValueError(
                 f"token {token} was sampled although the grammar does not allow it: nothing that it does allow could be"
             )
-        if self._matcher.is_stopped():
+        if self.matcher.is_stopped():
             return True
-        self._next = self._pool.submit(allowed_tokens, self._matcher)
+        self.bits = None
+        self._batch.add(self)
         return False
 
     def clone(self) -> GrammarMask:
-        return GrammarMask(self._matcher.deep_copy(), self._first, self._pool)
+        return GrammarMask(self.matcher.deep_copy(), self._first, self._batch)

@@ -14,6 +14,8 @@ from fastllm.grammar.params import StructuredOutputsParams
 # Whitespace is bounded between any two tokens of JSON: a model that only ever writes spaces must still come to an end.
 _WHITESPACE = r"[ ]?|\n[ \t]{0,40}"
 _MAIN = "main"
+# Looking for text that must come next takes as long as that text, which may be a million characters, at every token.
+_OPTIONS = '%llguidance {"no_forcing": true}\n'
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,24 @@ def _source(params: StructuredOutputsParams, limits: GrammarLimits, specials: Ma
         return _json({"type": "object"}, params)
     if params.regex is not None:
         check_regex(params.regex, limits)
-        return _one({"lark_grammar": f"start: /{_regex_body(params.regex)}/"})
+        return _one(f"start: /{_regex_body(params.regex)}/")
     if params.choice is not None:
         check_bytes("".join(params.choice), limits, "The list of choices")
         if len(params.choice) > limits.max_schema_nodes:
             raise GrammarError(f"choice takes at most {limits.max_schema_nodes} strings.", "schema_too_complex")
-        return _one({"lark_grammar": "start: " + " | ".join(json.dumps(choice) for choice in params.choice)})
+        return _one("start: " + " | ".join(json.dumps(choice) for choice in params.choice))
     if params.grammar is not None:
         check_bytes(params.grammar, limits, "The grammar")
-        return _one({"lark_grammar": _lark(params.grammar)})
+        return _one(_lark(params.grammar))
     return _structural_tag(params, limits, specials)
 
 
-def _one(grammar: dict[str, Any]) -> str:
-    return json.dumps({"grammars": [{"name": _MAIN, **grammar}]})
+def _one(lark: str) -> str:
+    return json.dumps({"grammars": [{"name": _MAIN, "lark_grammar": f"{lark}\n{_OPTIONS}"}]})
 
 
 def _json(schema: dict[str, Any] | bool, params: StructuredOutputsParams) -> str:
-    return _one({"json_schema": json_schema(schema, params)})
+    return _one(f"start: %json {json.dumps(json_schema(schema, params))}")
 
 
 def json_schema(schema: dict[str, Any] | bool, params: StructuredOutputsParams | None = None) -> dict[str, Any]:
@@ -132,7 +134,9 @@ ANY_TEXT = "ANY_TEXT: /(.|\\n)*/\n"
 def _after(preamble: Preamble, source: str, specials: Mapping[str, int]) -> str:
     value = json.loads(source)
     before = "reasoning GAP" if preamble.opened else f"({literal(preamble.start, specials)} reasoning GAP)?"
-    outer = f"start: {before} @{_MAIN}\n{up_to('reasoning', preamble.end, specials)}GAP: /\\n{{0,2}}/\n{ANY_TEXT}"
+    outer = (
+        f"{_OPTIONS}start: {before} @{_MAIN}\n{up_to('reasoning', preamble.end, specials)}GAP: /\\n{{0,2}}/\n{ANY_TEXT}"
+    )
     value["grammars"].insert(0, {"name": "outer", "lark_grammar": outer})
     return json.dumps(value)
 
@@ -166,7 +170,7 @@ def _structural_tag(params: StructuredOutputsParams, limits: GrammarLimits, spec
         if total < 0:
             raise GrammarError("structural_tag: the structures are too large together.", "schema_too_complex")
     names = " | ".join(f"tag_{number}" for number in range(len(structures)))
-    return _one({"lark_grammar": f"%llguidance {{}}\nstart: ({names})* ANY_TEXT\n{ANY_TEXT}{''.join(rules)}"})
+    return _one(f"start: ({names})* ANY_TEXT\n{ANY_TEXT}{''.join(rules)}")
 
 
 def _structures(given: Any) -> tuple[list[tuple[str, Any, str]], list[str]]:

@@ -44,8 +44,7 @@ class ToolFormat:
         more = f" ({literal(between, specials)} call){{0,{_MAX_PARALLEL - 1}}}" if parallel and self.parallel else ""
         names = " | ".join(f"call_{number}" for number in range(len(functions)))
         return (
-            f"%llguidance {{}}\nstart: {literal(before, specials)} call{more} {literal(after, specials)}\n"
-            f"call: {names}\n{''.join(rules)}"
+            f"start: {literal(before, specials)} call{more} {literal(after, specials)}\ncall: {names}\n{''.join(rules)}"
         )
 
 
