@@ -130,6 +130,8 @@ class PyTokenMask : public TokenMask {
     }
   }
 
+  std::shared_ptr<void> hold() override { return std::make_shared<py::gil_scoped_acquire>(); }
+
   std::shared_ptr<TokenMask> clone() const override {
     py::gil_scoped_acquire gil;
     try {

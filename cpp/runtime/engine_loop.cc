@@ -157,6 +157,7 @@ void EngineLoop::fill_masks(const PlannedStep& step) {
   const std::size_t words = (static_cast<std::size_t>(vocab_) + 31) / 32;
   const std::vector<std::int32_t>& rows = step.plan.masked_rows;
   masks_.assign(rows.size() * words, 0);
+  std::shared_ptr<void> held = step.seqs[static_cast<std::size_t>(rows[0])]->mask->hold();
   for (std::size_t i = 0; i < rows.size(); ++i) {
     Sequence& seq = *step.seqs[static_cast<std::size_t>(rows[i])];
     const auto bits = std::span(masks_).subspan(i * words, words);
@@ -167,6 +168,7 @@ void EngineLoop::fill_masks(const PlannedStep& step) {
       scheduler_.fail(seq, ErrorKind::Invalid, std::string("The token mask failed: ") + e.what(), Clock::now());
     }
   }
+  held.reset();
   executor_->set_masks(step.plan.id, masks_);
 }
 

@@ -134,6 +134,8 @@ void Scheduler::on_result(const PlannedStep& step, const StepResult& result, Tim
   --steps_in_flight_;
   std::size_t scored = 0;
   std::int32_t sample = 0;
+  std::shared_ptr<void> held;
+  if (!plan.masked_rows.empty()) held = step.seqs[static_cast<std::size_t>(plan.masked_rows[0])]->mask->hold();
   for (std::size_t r = 0; r < plan.rows.size(); ++r) {
     const Row& row = plan.rows[r];
     Sequence& seq = *step.seqs[r];

@@ -21,6 +21,9 @@ class FASTLLM_API TokenMask {
   virtual bool accept(std::int32_t token) = 0;
   // One that has accepted nothing yet, for a further sample of the request. Called before any accept.
   virtual std::shared_ptr<TokenMask> clone() const = 0;
+  // What all masks of its kind share, such as an interpreter's lock; the engine holds on to it while it asks the masks
+  // of one step in a row. Null: nothing.
+  virtual std::shared_ptr<void> hold() { return nullptr; }
 };
 
 // A caller's own change to the logits, the reference hook for custom sampling. Called on the thread of rank 0 before
