@@ -6,8 +6,10 @@ tokenising the lengths against the context. Every function is O(size of the requ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from msgspec import Struct
 
 from fastllm.server.errors import ApiError, bad_request
 from fastllm.server.limits import Limits
@@ -66,12 +68,17 @@ def check_model(state: ServerState, name: str | None) -> None:
     )
 
 
-def check_fields(request: CommonRequest, limits: Limits) -> None:
-    """Fields that are known and cannot be honoured, and the sizes of the ones that can."""
-    for name, what in UNSUPPORTED.items():
+def refuse_set_fields(request: Struct, unsupported: Mapping[str, str]) -> None:
+    """Refuses the first of these fields that asks for something. `unsupported`: name -> what it would be."""
+    for name, what in unsupported.items():
         value = getattr(request, name, None)
         if value is not None and value is not False:
             raise bad_request(f"{name}: this server does not support {what} yet.", name, "unsupported_parameter")
+
+
+def check_fields(request: CommonRequest, limits: Limits) -> None:
+    """Fields that are known and cannot be honoured, and the sizes of the ones that can."""
+    refuse_set_fields(request, UNSUPPORTED)
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options can only be set when stream is true.", "stream_options")
     _check_sizes(request, limits)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from fastllm.server import chat, completions, info, openapi
+from fastllm.server import chat, completions, info, messages, openapi, responses
 from fastllm.server.auth import ROOT_PATH
 from fastllm.server.connection import Runner
 from fastllm.server.console.routes import add_console
 from fastllm.server.cors import Cors
+from fastllm.server.errors import speaks_messages
 from fastllm.server.housekeeping import Housekeeping
 from fastllm.server.middleware import current_request_id, outermost
 from fastllm.server.state import STATE_KEY, ServerState
@@ -40,6 +41,8 @@ STOPPED_AT_ONCE = 130  # the shell's status of a process that Ctrl-C ended
 async def _add_request_id(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.setdefault("X-Request-Id", current_request_id())
     response.headers["Server"] = "fastllm"
+    if speaks_messages(request.path):  # where Anthropic's clients look for it
+        response.headers["Request-Id"] = response.headers["X-Request-Id"]
 
 
 def create_app(
@@ -58,6 +61,14 @@ def create_app(
     for prefix in prefixes:
         app.router.add_post(f"{prefix}/v1/completions", completions.handle)
         app.router.add_post(f"{prefix}/v1/chat/completions", chat.handle)
+        app.router.add_post(f"{prefix}/v1/responses", responses.create)
+        app.router.add_post(f"{prefix}/v1/responses/input_tokens", responses.count_tokens)
+        app.router.add_get(f"{prefix}/v1/responses/{{id}}", responses.retrieve)
+        app.router.add_delete(f"{prefix}/v1/responses/{{id}}", responses.delete)
+        app.router.add_post(f"{prefix}/v1/responses/{{id}}/cancel", responses.cancel)
+        app.router.add_get(f"{prefix}/v1/responses/{{id}}/input_items", responses.input_items)
+        app.router.add_post(f"{prefix}/v1/messages", messages.create)
+        app.router.add_post(f"{prefix}/v1/messages/count_tokens", messages.count_tokens)
         app.router.add_get(f"{prefix}/v1/models", info.models)
         app.router.add_get(f"{prefix}/v1/models/{{model:.+}}", info.model)
         app.router.add_post(f"{prefix}/tokenize", info.tokenize)

@@ -12,6 +12,7 @@ from fastllm.server.dialect import add_dialect_flags
 from fastllm.server.limits import Limits
 from fastllm.server.log_flags import add_log_flags
 from fastllm.server.network_flags import add_network_flags
+from fastllm.server.responses_store import RESPONSES_KEPT
 
 _LIMIT_FLAGS: dict[str, tuple[str, str]] = {
     # field of Limits -> (metavar, help)
@@ -61,6 +62,13 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     api.add_argument("--disable-console", dest="console", action="store_false", help="no page for browsers at /")
     api.add_argument("--response-role", default="assistant", metavar="ROLE", help="role of chat answers")
     add_dialect_flags(api)
+    api.add_argument(
+        "--responses-store",
+        type=parse_count,
+        default=RESPONSES_KEPT,
+        metavar="N",
+        help="responses of /v1/responses kept in memory for previous_response_id; 0 keeps none",
+    )
     limits = parser.add_argument_group("limits", "What one request, or all of them together, may ask for.")
     defaults = {field.name: field.default for field in fields(Limits)}
     for name, (metavar, text) in _LIMIT_FLAGS.items():

@@ -15,10 +15,9 @@ from fastllm.server.answer_form import AnswerForm
 from fastllm.server.body import read_json
 from fastllm.server.chat_output import message_of
 from fastllm.server.completions import wire_id
-from fastllm.server.generation import Job, UsageCounter, accepted, collect, first_then_rest, run
+from fastllm.server.conversation import admitted
+from fastllm.server.generation import Job, UsageCounter, collect, first_then_rest, run
 from fastllm.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from fastllm.server.params import output_room, sampling_params
-from fastllm.server.prompts import encode_messages, truncate_ids
 from fastllm.server.protocol import (
     ChatChoice,
     ChatChunk,
@@ -37,21 +36,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE_KEY]
     admission.check_open(state)
     body = await read_json(request, ChatRequest)
-    admission.check_model(state, body.model)
-    admission.check_fields(body, state.limits)
-    admission.check_priority(state, body.priority)
-    sequences = admission.check_sequences(1, body, state.limits)
-    answer = AnswerForm.of(state, body)
-    admission.check_open(state)
-    admission.check_queue(state, sequences)
-    with accepted(state, sequences):
-        text, ids = await encode_messages(state, body, bool(body.add_special_tokens), answer.tools)
-        ids = truncate_ids(state, ids, body.truncate_prompt_tokens, output_room(body))
-        admission.check_tokens(state, ids, "messages")
-        job = Job(ids, sampling_params(state, body, len(ids), "messages"))
-        answer.see_prompt(text)
-        answer.adjust(job.params)
-        job.grammar = await answer.compile()
+    async with admitted(state, body) as (job, answer):
         call = _Call(state, body, job, answer, wire_id("chatcmpl", request, body.request_id))
         if body.stream:
             return await call.stream(request)

@@ -1,9 +1,12 @@
-"""The one shape every error leaves the server in: {"error": {"message", "type", "param", "code"}}."""
+"""The shape every error leaves the server in: {"error": {"message", "type", "param", "code"}}.
+
+Under /v1/messages it is that API's instead: {"type": "error", "error": {"type", "message"}}.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 import msgspec
 from aiohttp import web
@@ -29,6 +32,17 @@ _KINDS: dict[int, tuple[str, str | None]] = {
     504: ("overloaded_error", "timeout"),
 }
 
+# The same for /v1/messages; what is not here is api_error from 500 on and invalid_request_error below.
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
 # fastllm.errors.RequestError.kind -> HTTP status; "invalid" names a field and is handled apart
 ENGINE_ERROR_STATUS = {"overloaded": 429, "timeout": 503, "engine": 500}
 
@@ -42,6 +56,21 @@ class ErrorBody(msgspec.Struct):
 
 class ErrorEnvelope(msgspec.Struct):
     error: ErrorBody
+
+
+class MessagesErrorBody(msgspec.Struct):
+    type: str
+    message: str
+
+
+class MessagesErrorEnvelope(msgspec.Struct):
+    error: MessagesErrorBody
+    type: str = "error"
+
+
+def speaks_messages(path: str) -> bool:
+    """This path belongs to the Messages API, whose clients expect its errors."""
+    return "/v1/messages" in path
 
 
 class ApiError(Exception):
@@ -73,17 +102,33 @@ class ApiError(Exception):
         sentence = f": {self.body.message}" if self.status in (401, 408, 413, 429, 503, 504) else ""
         return f"{self.body.code or self.body.type}{field}{sentence}"
 
-    def payload(self) -> bytes:
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """The same error for an API that calls the field it is about by another name."""
+        old = self.body.param or ""
+        if old in names:
+            self.body.param = names[old]
+            self.body.message = re.sub(rf"\b{re.escape(old)}\b", names[old], self.body.message)
+        return self
+
+    def payload(self, path: str = "") -> bytes:
+        """The body, in the shape of the API that `path` belongs to."""
+        if speaks_messages(path):
+            kind = _MESSAGES_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+            return msgspec.json.encode(MessagesErrorEnvelope(MessagesErrorBody(kind, self.body.message)))
         return msgspec.json.encode(ErrorEnvelope(self.body))
 
-    def response(self, headers: dict[str, str] | None = None) -> web.Response:
+    def response(self, headers: dict[str, str] | None = None, path: str = "") -> web.Response:
         headers = dict(headers or ())
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return web.Response(
-            status=self.status, body=self.payload(), content_type="application/json", charset="utf-8", headers=headers
+            status=self.status,
+            body=self.payload(path),
+            content_type="application/json",
+            charset="utf-8",
+            headers=headers,
         )
 
 
@@ -106,7 +151,7 @@ def api_error(exc: web.HTTPException, request: web.BaseRequest) -> ApiError:
 
 def from_http_exception(exc: web.HTTPException, request: web.BaseRequest) -> web.Response:
     allow = exc.headers.get("Allow")
-    return api_error(exc, request).response({"Allow": allow} if allow else None)
+    return api_error(exc, request).response({"Allow": allow} if allow else None, request.path)
 
 
 def internal_error() -> ApiError:

@@ -55,7 +55,7 @@ async def outermost(request: web.Request, handler: Handler) -> web.StreamRespons
             state.keys.check(request)
             response = await handler(request)
         except ApiError as exc:
-            error, response = exc, exc.response()
+            error, response = exc, exc.response(path=request.path)
         except web.HTTPException as exc:
             error = api_error(exc, request)
             response = from_http_exception(exc, request)
@@ -64,7 +64,7 @@ async def outermost(request: web.Request, handler: Handler) -> web.StreamRespons
         except Exception:
             logger.exception("request %s failed", request_id)
             error = internal_error()
-            response = error.response()
+            response = error.response(path=request.path)
         status = response.status
         size = response.content_length or (response.body_length if response.prepared else 0)
         if not response.prepared:

@@ -351,3 +351,9 @@ class TokenizeResponse(Struct):
 
 class DetokenizeResponse(Struct):
     prompt: str
+
+
+class TypedEvent(Struct, kw_only=True):
+    """A server-sent event of the APIs whose events have names; `type` is the name."""
+
+    type: str

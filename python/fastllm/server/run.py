@@ -134,6 +134,7 @@ def _state(args: argparse.Namespace) -> ServerState:
         text_threads=args.tokenizer_pool_size or 2,
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
+        responses_store=args.responses_store,
     )
 
 

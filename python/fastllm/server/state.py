@@ -20,6 +20,7 @@ from fastllm.server.http_metrics import HttpMetrics
 from fastllm.server.limits import Limits
 from fastllm.server.metrics import Metrics
 from fastllm.server.request_log import RequestLog
+from fastllm.server.responses_store import RESPONSES_KEPT, ResponseStore
 
 if TYPE_CHECKING:
     from fastllm.async_llm import AsyncLLM
@@ -53,6 +54,7 @@ class ServerState:
         text_threads: int = 2,
         tool_call_parser: str | None = None,
         reasoning_parser: str | None = None,
+        responses_store: int = RESPONSES_KEPT,
     ) -> None:
         """log_requests: a line per answered request, except for `quiet_paths`; refused ones always have one."""
         self.limits = limits or Limits()
@@ -65,6 +67,7 @@ class ServerState:
         self.sse_keep_alive_s = sse_keep_alive_s
         self.batch_window = BatchWindow(scheduler_delay_s)
         self._parsers = (tool_call_parser, reasoning_parser)
+        self.responses = ResponseStore(responses_store)
         self.phase = Phase.LOADING
         self.load_progress: float | None = None  # 0 to 1 of the weights' bytes; written by the loading thread
         self.started = time.monotonic()

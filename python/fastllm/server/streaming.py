@@ -87,10 +87,15 @@ class EventStream:
 
     async def fail(self, exc: Exception) -> web.StreamResponse:
         """The error as an event; no [DONE] follows, so no client takes the answer for complete."""
-        if not isinstance(exc, ApiError):
-            logger.error("request %s failed while streaming", current_request_id(), exc_info=exc)
-            exc = internal_error()
-        return await self._end(b"data: %b\n\n" % exc.payload())
+        return await self._end(b"data: %b\n\n" % as_api_error(exc).payload())
 
     async def done(self) -> web.StreamResponse:
         return await self._end(b"data: [DONE]\n\n")
+
+
+def as_api_error(exc: Exception) -> ApiError:
+    """What the client may know of a failure after the first byte; the log gets the rest."""
+    if isinstance(exc, ApiError):
+        return exc
+    logger.error("request %s failed while streaming", current_request_id(), exc_info=exc)
+    return internal_error()

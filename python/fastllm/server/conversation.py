@@ -1,0 +1,80 @@
+"""A conversation of any API's shape, admitted as the chat request it amounts to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Protocol
+
+from fastllm.server import admission
+from fastllm.server.answer_form import AnswerForm
+from fastllm.server.errors import ApiError, bad_request
+from fastllm.server.generation import Job, accepted
+from fastllm.server.limits import Limits
+from fastllm.server.params import output_room, sampling_params
+from fastllm.server.prompts import encode_messages, truncate_ids
+from fastllm.server.protocol import ChatRequest, CommonRequest
+from fastllm.server.state import ServerState
+
+
+class HasContent(Protocol):
+    @property
+    def content(self) -> Any: ...
+
+
+@asynccontextmanager
+async def admitted(
+    state: ServerState, body: ChatRequest, *, clamp_output: bool = False
+) -> AsyncIterator[tuple[Job, AnswerForm]]:
+    """What is to be generated, and what of it is which part of the answer; it counts as an active request until the block is left.
+
+    clamp_output: a limit on the output that goes beyond the context is cut to it instead of refused.
+    """
+    admission.check_model(state, body.model)
+    admission.check_fields(body, state.limits)
+    admission.check_priority(state, body.priority)
+    sequences = admission.check_sequences(1, body, state.limits)
+    answer = AnswerForm.of(state, body)
+    admission.check_open(state)
+    admission.check_queue(state, sequences)
+    with accepted(state, sequences):
+        text, ids = await prompt(state, body, answer)
+        room = state.llm.model_config.max_model_len - len(ids)
+        if clamp_output and body.max_tokens is not None and body.max_tokens > room > 0:
+            body.max_tokens = room
+        job = Job(ids, sampling_params(state, body, len(ids), "messages"))
+        answer.see_prompt(text)
+        answer.adjust(job.params)
+        job.grammar = await answer.compile()
+        yield job, answer
+
+
+async def prompt(state: ServerState, body: ChatRequest, answer: AnswerForm) -> tuple[str, list[int]]:
+    """The rendered conversation and its tokens."""
+    text, ids = await encode_messages(state, body, bool(body.add_special_tokens), answer.tools)
+    ids = truncate_ids(state, ids, body.truncate_prompt_tokens, output_room(body))
+    admission.check_tokens(state, ids, "messages")
+    return text, ids
+
+
+def check_parts(pieces: Sequence[HasContent], limits: Limits, param: str) -> None:
+    """Refuses more messages and parts of messages than the event loop has time to look at one by one."""
+    count = len(pieces)
+    if count <= limits.max_messages:
+        count += sum(len(piece.content) for piece in pieces if isinstance(piece.content, list))
+    if count > limits.max_messages:
+        raise bad_request(f"{param} takes at most {limits.max_messages} messages and parts, got {count}.", param)
+
+
+@contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about a chat's field speak of the caller's field instead. `names`: chat's name -> the caller's."""
+    try:
+        yield
+    except ApiError as exc:
+        raise exc.renamed(names) from None
+
+
+def common_fields(body: CommonRequest) -> dict[str, Any]:
+    """The fields that every shape shares, to build a chat request from."""
+    return {name: getattr(body, name) for name in CommonRequest.__struct_fields__}
