@@ -1,4 +1,4 @@
-"""The `fastllm` command: serve, chat, generate, export, quantize."""
+"""The `fastllm` command: serve, chat, generate, run-batch, export, quantize."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _EXAMPLES = """examples:
   fastllm chat --url http://127.0.0.1:8000
   fastllm generate ./my-model --prompt "Once upon a time" --max-tokens 64
   echo "Why is the sky blue?" | fastllm chat ./my-model
+  fastllm run-batch ./my-model -i requests.jsonl -o answers.jsonl
   fastllm export ./my-model ./bundle --dtype bfloat16
   fastllm quantize ./my-model ./my-model-gptq --method gptq --bits 4
 """
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastllm.server.run import main as serve
 
         return serve(given[1:], prog="fastllm serve", positional_model=True)
+    if given[:1] == ["run-batch"]:
+        from fastllm.server.batch import main as run_batch
+
+        return run_batch(given[1:])
     parser = _make_parser()
     args = parser.parse_args(given)
     if args.command is None:
@@ -92,6 +97,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=Version, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     commands.add_parser("serve", help="serve a model over the OpenAI API", add_help=False)
+    commands.add_parser("run-batch", help="answer a file of requests", add_help=False)
 
     chat = commands.add_parser("chat", help="talk to a model in the terminal", epilog=_EXAMPLES, **_format())
     chat.add_argument("--url", help="talk to a running server instead of loading a model")
