@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import openai
+import pydantic
 import pytest
 
 from fastllm.server.limits import Limits
@@ -16,6 +17,18 @@ from server_fixtures import RunningServer, running_server
 KEY = "secret"
 USER: Any = [{"role": "user", "content": "Hello"}]
 LONG: Any = {"model": "null", "messages": USER, "max_tokens": 30_000, "extra_body": {"ignore_eos": True}}
+
+
+CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+CITY["additionalProperties"] = False
+WEATHER: Any = {"type": "function", "function": {"name": "weather", "description": "Says it.", "parameters": CITY}}
+
+
+class Answer(pydantic.BaseModel):
+    """Whether it is."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    it_is: bool
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +86,15 @@ def test_openai_responses_stream_helper_collects_the_answer(client: openai.OpenA
         final = stream.get_final_response()
     assert text == final.output_text == whole.output_text
     assert final.status == whole.status == "completed"
+
+
+def test_openai_parse_and_tools(client: openai.OpenAI) -> None:
+    fields: Any = {"model": "null", "messages": USER, "max_tokens": 400, "seed": 1}
+    parsed = client.chat.completions.parse(**fields, response_format=Answer)
+    assert isinstance(parsed.choices[0].message.parsed, Answer)
+    whole = client.chat.completions.create(**fields, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
+    (call,) = whole.choices[0].message.tool_calls or ()
+    assert call.type == "function" and call.function.name == "weather"
 
 
 def test_openai_errors_are_the_exceptions_users_catch(server: RunningServer, client: openai.OpenAI) -> None:
@@ -165,6 +187,25 @@ def test_langchain_chat_stream_and_batch(server: RunningServer) -> None:
     assert len(scored.response_metadata["logprobs"]["content"]) == 12
 
 
+@pytest.mark.parametrize("through_responses", [False, True])
+def test_langchain_tools_and_structured_output(server: RunningServer, through_responses: bool) -> None:
+    shape = {"use_responses_api": True, "seed": None} if through_responses else {}
+    model = _langchain(server, max_tokens=400, extra_body={}, temperature=0, **shape)
+    bound = model.bind_tools([WEATHER], tool_choice="weather", parallel_tool_calls=False)
+    (call,) = bound.invoke("What is the weather?").tool_calls
+    assert call["name"] == "weather" and call["args"]["city"] in ("Paris", "Rome")
+    (streamed,) = _sum(bound.stream("What is the weather?")).tool_calls
+    assert (streamed["name"], streamed["args"]) == (call["name"], call["args"])
+    assert isinstance(model.with_structured_output(Answer, method="json_schema").invoke("Is it?"), Answer)
+
+
+def _sum(chunks: Any) -> Any:
+    total = next(chunks)
+    for chunk in chunks:
+        total += chunk
+    return total
+
+
 def test_langchain_through_responses(server: RunningServer) -> None:
     model = _langchain(server, use_responses_api=True, seed=None, temperature=0)
     whole = model.invoke("Hello")
@@ -215,6 +256,17 @@ def test_litellm_chat_and_stream(server: RunningServer, litellm: Any, provider: 
     assert text == whole.choices[0].message.content
     later = asyncio.run(litellm.acompletion(**fields))
     assert later.choices[0].message.content == text
+
+
+def test_litellm_tools(server: RunningServer, litellm: Any) -> None:
+    choice = {"type": "function", "function": {"name": "weather"}}
+    fields = _litellm_fields(server, tools=[WEATHER], tool_choice=choice, max_tokens=400, seed=1, extra_body={})
+    fields["parallel_tool_calls"] = False
+    (call,) = litellm.completion(**fields).choices[0].message.tool_calls
+    chunks = list(litellm.completion(**fields, stream=True))
+    streamed = litellm.stream_chunk_builder(chunks).choices[0].message.tool_calls[0]
+    assert call.function.name == streamed.function.name == "weather"
+    assert call.function.arguments == streamed.function.arguments
 
 
 def test_litellm_raises_its_own_kinds_of_error(server: RunningServer, litellm: Any) -> None:

@@ -41,8 +41,7 @@ def _told(builder: Any, story: list[tuple[str, tuple[str, ...]]]) -> list[dict[s
     """The events of a story, encoded as each came."""
     events: list[dict[str, Any]] = []
     for act, said in story:
-        extra = ([],) if act == "say" and isinstance(builder, ResponseBuilder) else ()
-        events += map(msgspec.to_builtins, getattr(builder, act)(*said, *extra))
+        events += map(msgspec.to_builtins, getattr(builder, act)(*said))
     return events
 
 
@@ -79,7 +78,6 @@ def test_response_items_open_grow_and_close_one_after_the_other() -> None:
 def test_response_that_says_nothing_has_an_empty_message(reason: str, status: str) -> None:
     builder = _response()
     builder.begin()
-    assert builder.say("", []) == []
     builder.finish(reason, Usage(3, 3, 0), 2)
     response = Response.model_validate(msgspec.to_builtins(builder.response))
     assert response.output_text == "" and response.status == response.output[0].status == status  # type: ignore[union-attr]
@@ -89,7 +87,7 @@ def test_response_that_says_nothing_has_an_empty_message(reason: str, status: st
 def test_failed_response_says_why_once_as_event_and_once_as_state() -> None:
     builder = _response()
     builder.begin()
-    builder.say("Half", [])
+    builder.say("Half")
     error, failed = (msgspec.to_builtins(event) for event in builder.fail(ApiError(503, "The server stopped.")))
     assert (error["type"], error["message"]) == ("error", "The server stopped.")
     assert failed["type"] == "response.failed" and failed["response"]["error"]["message"] == "The server stopped."

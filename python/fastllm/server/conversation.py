@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastllm.server import admission
 from fastllm.server.answer_form import AnswerForm
@@ -13,8 +13,19 @@ from fastllm.server.generation import Job, accepted
 from fastllm.server.limits import Limits
 from fastllm.server.params import output_room, sampling_params
 from fastllm.server.prompts import encode_messages, truncate_ids
-from fastllm.server.protocol import ChatRequest, CommonRequest
+from fastllm.server.protocol import ChatRequest, CommonRequest, Delta, FunctionDelta
 from fastllm.server.state import ServerState
+
+Told = TypeVar("Told", covariant=True)
+
+
+class Builder(Protocol[Told]):
+    """What an API makes of an answer, as events."""
+
+    def say(self, text: str) -> Sequence[Told]: ...
+    def think(self, text: str) -> Sequence[Told]: ...
+    def call(self, call_id: str, name: str) -> Sequence[Told]: ...
+    def argue(self, arguments: str) -> Sequence[Told]: ...
 
 
 class HasContent(Protocol):
@@ -26,7 +37,7 @@ class HasContent(Protocol):
 async def admitted(
     state: ServerState, body: ChatRequest, *, clamp_output: bool = False
 ) -> AsyncIterator[tuple[Job, AnswerForm]]:
-    """What is to be generated, and what of it is which part of the answer; it counts as an active request until the block is left.
+    """What is to be generated, and how it is read. It counts as an active request until the block is left.
 
     clamp_output: a limit on the output that goes beyond the context is cut to it instead of refused.
     """
@@ -64,6 +75,23 @@ def check_parts(pieces: Sequence[HasContent], limits: Limits, param: str) -> Non
         count += sum(len(piece.content) for piece in pieces if isinstance(piece.content, list))
     if count > limits.max_messages:
         raise bad_request(f"{param} takes at most {limits.max_messages} messages and parts, got {count}.", param)
+
+
+def tell(builder: Builder[Told], deltas: Sequence[Delta]) -> list[Told]:
+    """What the deltas of a chat answer add to the answer of another API."""
+    told: list[Told] = []
+    for delta in deltas:
+        if isinstance(delta.reasoning, str):
+            told += builder.think(delta.reasoning)
+        if isinstance(delta.content, str) and delta.content:
+            told += builder.say(delta.content)
+        for call in delta.tool_calls or ():
+            function = call.function or FunctionDelta()
+            if isinstance(call.id, str) and isinstance(function.name, str):
+                told += builder.call(call.id, function.name)
+            if isinstance(function.arguments, str) and function.arguments:
+                told += builder.argue(function.arguments)
+    return told
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from aiohttp import web
 
 from fastllm.outputs import RequestOutput
 from fastllm.server import admission
+from fastllm.server.answer_form import AnswerForm
 from fastllm.server.body import read_json
-from fastllm.server.conversation import admitted, check_parts, named, prompt_ids
+from fastllm.server.conversation import admitted, check_parts, named, prompt, tell
 from fastllm.server.generation import Job, UsageCounter, collect, first_then_rest, run
 from fastllm.server.messages_builder import MessageBuilder
 from fastllm.server.messages_input import NAMES, check, to_chat
@@ -29,8 +30,8 @@ async def create(request: web.Request) -> web.StreamResponse:
     check_parts(body.messages, state.limits, "messages")
     with named(NAMES):
         chat = to_chat(body)
-        async with admitted(state, chat, clamp_output=True) as job:
-            call = _Call(state, chat, job, body.max_tokens or 0)
+        async with admitted(state, chat, clamp_output=True) as (job, answer):
+            call = _Call(state, chat, job, answer, body.max_tokens or 0)
             if body.stream:
                 return await call.stream(request)
             return web.Response(body=await call.answer(), content_type="application/json", charset="utf-8")
@@ -46,18 +47,20 @@ async def count_tokens(request: web.Request) -> web.Response:
         chat = to_chat(body)
         admission.check_model(state, chat.model)
         admission.check_fields(chat, state.limits)
-        count = TokensCount(len(await prompt_ids(state, chat)))
-    return web.Response(body=msgspec.json.encode(count), content_type="application/json", charset="utf-8")
+        _, ids = await prompt(state, chat, AnswerForm.of(state, chat))
+    count = msgspec.json.encode(TokensCount(len(ids)))
+    return web.Response(body=count, content_type="application/json", charset="utf-8")
 
 
 class _Call:
     """One admitted message. `max_tokens` is what the caller asked for; the context may leave room for less."""
 
-    def __init__(self, state: ServerState, chat: ChatRequest, job: Job, max_tokens: int) -> None:
+    def __init__(self, state: ServerState, chat: ChatRequest, job: Job, answer: AnswerForm, max_tokens: int) -> None:
         self.state = state
         self.chat = chat
         self.job = job
         self.max_tokens = max_tokens
+        self.output = answer.sample()
         self.counter = UsageCounter([job])
         id = f"msg_{uuid.uuid4().hex}"
         self.builder = MessageBuilder(Message(id=id, model=state.model_names[0], usage=self._usage(0)))
@@ -66,18 +69,24 @@ class _Call:
         usage = self.counter.usage()
         return MessageUsage(usage.prompt_tokens - cached, usage.completion_tokens, cached)
 
+    def _tell(self, output: RequestOutput) -> list[TypedEvent]:
+        (sample,) = output.outputs
+        self.counter.add(0, output)
+        return tell(self.builder, self.output.read(sample.text, sample.token_ids, sample.finish_reason is not None))
+
     def _finish(self, output: RequestOutput) -> list[TypedEvent]:
         """The events of the end, from the last update."""
         (sample,) = output.outputs
         reason = sample.finish_reason
         if reason == "length" and self.counter.completion < self.max_tokens:
             reason = "context"
+        elif reason == "stop" and self.output.called:
+            reason = "tool_calls"
         return self.builder.finish(reason, sample.stop_reason, self._usage(output.num_cached_tokens))
 
     async def answer(self) -> bytes:
         (output,) = await collect(self.state, [self.job], self.builder.message.id, self.chat)
-        self.counter.add(0, output)
-        self.builder.say(output.outputs[0].text)
+        self._tell(output)
         self._finish(output)
         return msgspec.json.encode(self.builder.message)
 
@@ -92,10 +101,9 @@ class _Call:
                     if last is None:  # with what the first update knows of the cache
                         await events.send(*self.builder.begin(self._usage(output.num_cached_tokens)))
                     last = output
-                    self.counter.add(0, output)
-                    said = self.builder.say(output.outputs[0].text)
-                    if said:
-                        await events.send(*said)
+                    told = self._tell(output)
+                    if told:
+                        await events.send(*told)
             except ConnectionError:
                 raise
             except Exception as exc:

@@ -42,8 +42,6 @@ class MessageBuilder:
         return [MessageStart(type="message_start", message=self.message), TypedEvent(type="ping")]
 
     def say(self, text: str) -> list[TypedEvent]:
-        if not text:
-            return []
         events = [] if isinstance(self._block, TextBlock) else self._open(TextBlock(""))
         return events + self._grow(text, TextDelta(text))
 

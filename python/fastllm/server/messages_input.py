@@ -11,7 +11,15 @@ import msgspec
 from fastllm.server import admission
 from fastllm.server.conversation import common_fields
 from fastllm.server.errors import ApiError, bad_request
-from fastllm.server.messages_protocol import Block, MessageParam, MessagesRequest, OutputFormat, ToolChoice, ToolParam
+from fastllm.server.messages_protocol import (
+    Block,
+    MessageParam,
+    MessagesRequest,
+    OutputConfig,
+    OutputFormat,
+    ToolChoice,
+    ToolParam,
+)
 from fastllm.server.protocol import ChatMessage, ChatRequest, ContentPart, ResponseFormat
 
 # What the fields of a chat request are called here, for errors.
@@ -50,11 +58,9 @@ def to_chat(body: MessagesRequest) -> ChatRequest:
     kwargs = dict(body.chat_template_kwargs or {})
     if body.thinking is not None:  # its budget is a target only; max_tokens bounds thoughts and answer together
         kwargs.setdefault("enable_thinking", body.thinking.type != "disabled")
-    if body.output_config is not None:
-        if body.output_config.effort is not None:
-            kwargs.setdefault("reasoning_effort", body.output_config.effort)
-        if body.output_config.format is not None:
-            fields["response_format"] = _response_format(body.output_config.format)
+    config = body.output_config or OutputConfig()
+    if config.format is not None:
+        fields["response_format"] = _response_format(config.format)
     return ChatRequest(
         **fields,
         messages=messages,
@@ -62,6 +68,8 @@ def to_chat(body: MessagesRequest) -> ChatRequest:
         tools=_tools(body.tools),
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=not body.tool_choice.disable_parallel_tool_use if body.tool_choice else None,
+        reasoning_effort=config.effort,
+        include_reasoning=False if body.thinking is not None and body.thinking.type == "disabled" else None,
         chat_template_kwargs=kwargs or None,
     )
 

@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from fastllm.outputs import CompletionOutput
+from fastllm.outputs import CompletionOutput, RequestOutput
 from fastllm.server import admission
+from fastllm.server.answer_form import AnswerForm
 from fastllm.server.body import read_json
-from fastllm.server.conversation import admitted, check_parts, named, prompt_ids
+from fastllm.server.conversation import admitted, check_parts, named, prompt, tell
 from fastllm.server.errors import bad_request
 from fastllm.server.generation import Job, UsageCounter, collect, first_then_rest, run
 from fastllm.server.logprobs import TokenNames, chat_logprobs
@@ -27,6 +28,7 @@ from fastllm.server.responses_protocol import (
     DeletedResponse,
     InputTokens,
     ItemList,
+    NumberedEvent,
     ReasoningConfig,
     ResponseObject,
     ResponsesRequest,
@@ -51,8 +53,8 @@ async def create(request: web.Request) -> web.StreamResponse:
     async with AsyncExitStack() as stack:
         with named(NAMES):
             chat = to_chat(body, conversation)
-            job = await stack.enter_async_context(admitted(state, chat))
-            call = _Call(state, body, chat, job, conversation, _owner(request))
+            job, answer = await stack.enter_async_context(admitted(state, chat))
+            call = _Call(state, body, chat, job, answer, conversation, _owner(request))
             if body.background:
                 return _json(call.start(stack.pop_all()))
             if body.stream:
@@ -84,7 +86,8 @@ async def count_tokens(request: web.Request) -> web.Response:
         chat = to_chat(body, conversation)
         admission.check_model(state, body.model)
         admission.check_fields(chat, state.limits)
-        return _json(InputTokens(len(await prompt_ids(state, chat))))
+        _, ids = await prompt(state, chat, AnswerForm.of(state, chat))
+    return _json(InputTokens(len(ids)))
 
 
 async def retrieve(request: web.Request) -> web.Response:
@@ -151,12 +154,14 @@ class _Call:
         body: ResponsesRequest,
         chat: ChatRequest,
         job: Job,
+        answer: AnswerForm,
         conversation: list[ChatMessage],
         owner: bytes,
     ) -> None:
         self.state = state
         self.chat = chat
         self.job = job
+        self.output = answer.sample()
         self.counter = UsageCounter([job])
         self.top_logprobs = (body.top_logprobs or 0) if wants_logprobs(body) else None
         response = ResponseObject(
@@ -184,6 +189,14 @@ class _Call:
         size = 2 * conversation_bytes(conversation)  # the items repeat what is new of it
         self.entry = StoredResponse(owner, response, conversation, listed_items(body.input), size)
 
+    def _tell(self, output: RequestOutput) -> list[NumberedEvent]:
+        (sample,) = output.outputs
+        deltas = self.output.read(sample.text, sample.token_ids, sample.finish_reason is not None)
+        self.counter.add(0, output)
+        self.counter.reasoning = self.output.reasoning_tokens
+        self.builder.score(self._logprobs(sample))
+        return tell(self.builder, deltas)
+
     def _logprobs(self, sample: CompletionOutput) -> list[TokenLogprob]:
         if self.top_logprobs is None or not sample.logprobs:
             return []
@@ -202,10 +215,8 @@ class _Call:
 
     async def answer(self) -> ResponseObject:
         (output,) = await collect(self.state, [self.job], self.entry.response.id, self.chat)
-        self.counter.add(0, output)
-        (sample,) = output.outputs
-        self.builder.say(sample.text, self._logprobs(sample))
-        self.builder.finish(sample.finish_reason, self.counter.usage(), int(time.time()))
+        self._tell(output)
+        self.builder.finish(output.outputs[0].finish_reason, self.counter.usage(), int(time.time()))
         self._keep()
         return self.entry.response
 
@@ -219,12 +230,10 @@ class _Call:
                 await events.send(*builder.begin())
                 reason: str | None = None
                 async for _, output in rest:
-                    self.counter.add(0, output)
-                    (sample,) = output.outputs
-                    reason = sample.finish_reason
-                    said = builder.say(sample.text, self._logprobs(sample))
-                    if said:
-                        await events.send(*said)
+                    reason = output.outputs[0].finish_reason
+                    told = self._tell(output)
+                    if told:
+                        await events.send(*told)
             except ConnectionError:
                 raise
             except Exception as exc:

@@ -25,29 +25,35 @@ from fastllm.server.responses_protocol import (
 class ResponseBuilder:
     """Owns one response: begin(); say(), think(), call() and argue() as the model goes on; finish() or fail().
 
+    score() brings the log-probabilities of tokens before the text that they are part of.
+
     Events hold the response itself, so those of one call are to be encoded before the next call.
     """
 
     def __init__(self, response: ResponseObject) -> None:
         self.response = response
         self._item: Item | None = None  # the one that is being written
+        self._scores: list[TokenLogprob] = []  # of text that is still held back
         self._numbers = itertools.count()
 
     def begin(self) -> list[NumberedEvent]:
         self.response.status = "in_progress"
         return self._numbered([self._told("created"), self._told("in_progress")])
 
-    def say(self, text: str, logprobs: list[TokenLogprob]) -> list[NumberedEvent]:
-        if not text and not logprobs:
-            return []
+    def score(self, logprobs: list[TokenLogprob]) -> None:
+        self._scores += logprobs
+
+    def say(self, text: str) -> list[NumberedEvent]:
         events: list[NumberedEvent] = []
         item = self._item
         if not isinstance(item, MessageItem):
             item = MessageItem(self._next_index())
             events += self._open(item)
-        return self._numbered(events + item.add(text, logprobs))
+        scores, self._scores = self._scores, []
+        return self._numbered(events + item.add(text, scores))
 
     def think(self, text: str) -> list[NumberedEvent]:
+        self._scores = []
         events: list[NumberedEvent] = []
         item = self._item
         if not isinstance(item, ReasoningItem):
@@ -62,6 +68,7 @@ class ResponseBuilder:
     def argue(self, arguments: str) -> list[NumberedEvent]:
         """More of the arguments of the call that began last."""
         assert isinstance(self._item, CallItem)
+        self._scores = []
         return self._numbered(self._item.add(arguments))
 
     def finish(self, finish_reason: str | None, usage: Usage, now: int) -> list[NumberedEvent]:
@@ -69,6 +76,8 @@ class ResponseBuilder:
         events: list[NumberedEvent] = []
         if self._item is None:  # nothing was said: an empty message
             events += self._open(MessageItem(0))
+        if self._scores and isinstance(self._item, MessageItem):
+            events += self.say("")  # tokens that end the answer and have no text
         cut = finish_reason not in ("stop", "tool_calls")
         status = "incomplete" if cut else "completed"
         events += self._close(status)
@@ -125,11 +134,11 @@ class ResponseBuilder:
 
 
 def _usage(usage: Usage) -> ResponseUsage:
-    details = usage.prompt_tokens_details
+    details, reasoning = usage.prompt_tokens_details, usage.completion_tokens_details
     return ResponseUsage(
         usage.prompt_tokens,
         InputTokensDetails(details.cached_tokens if details else 0),
         usage.completion_tokens,
-        OutputTokensDetails(),
+        OutputTokensDetails(reasoning.reasoning_tokens if reasoning else 0),
         usage.total_tokens,
     )

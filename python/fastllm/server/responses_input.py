@@ -144,9 +144,6 @@ def to_chat(body: ResponsesRequest, conversation: Sequence[ChatMessage]) -> Chat
     fields = common_fields(body)
     fields["stream_options"] = None  # obfuscation is all they could ask for here
     fields["response_format"] = _response_format(body.text.format if body.text else None) or body.response_format
-    kwargs = dict(body.chat_template_kwargs or {})
-    if body.reasoning is not None and body.reasoning.effort is not None:
-        kwargs.setdefault("reasoning_effort", body.reasoning.effort)
     return ChatRequest(
         **fields,
         messages=[*instructions, *conversation],
@@ -156,7 +153,8 @@ def to_chat(body: ResponsesRequest, conversation: Sequence[ChatMessage]) -> Chat
         tools=_tools(body.tools),
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
-        chat_template_kwargs=kwargs or None,
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
+        chat_template_kwargs=body.chat_template_kwargs,
     )
 
 
