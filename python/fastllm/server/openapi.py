@@ -6,6 +6,7 @@ The types are the wire structs themselves, so a field cannot be served and missi
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from fastllm.server import protocol
+from fastllm.server import messages_protocol, protocol, responses_protocol
 from fastllm.server.errors import ErrorEnvelope
 
 _REF = "#/components/schemas/{name}"
@@ -32,6 +33,7 @@ class Operation:
 
 
 _MODEL_ERRORS = (400, 404, 408, 413, 415, 429)
+_STORED_ERRORS = (400, 404)
 
 # (method, path) -> operation, for every route of the app but the files of the console
 OPERATIONS: dict[tuple[str, str], Operation] = {
@@ -48,6 +50,46 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         protocol.ChatResponse,
         _MODEL_ERRORS,
         protocol.ChatChunk,
+    ),
+    ("POST", "/v1/responses"): Operation(
+        "Answers a conversation in the form of OpenAI's Responses.",
+        responses_protocol.ResponsesRequest,
+        responses_protocol.ResponseObject,
+        _MODEL_ERRORS,
+        responses_protocol.ResponseEvent,
+    ),
+    ("POST", "/v1/responses/input_tokens"): Operation(
+        "The length of a conversation in tokens.",
+        responses_protocol.ResponsesRequest,
+        responses_protocol.InputTokens,
+        _MODEL_ERRORS,
+    ),
+    ("GET", "/v1/responses/{id}"): Operation(
+        "A stored response.", response=responses_protocol.ResponseObject, statuses=_STORED_ERRORS
+    ),
+    ("DELETE", "/v1/responses/{id}"): Operation(
+        "Forgets a stored response.", response=responses_protocol.DeletedResponse, statuses=_STORED_ERRORS
+    ),
+    ("POST", "/v1/responses/{id}/cancel"): Operation(
+        "Ends a response made in the background.",
+        response=responses_protocol.ResponseObject,
+        statuses=_STORED_ERRORS,
+    ),
+    ("GET", "/v1/responses/{id}/input_items"): Operation(
+        "What a stored response answered.", response=responses_protocol.ItemList, statuses=_STORED_ERRORS
+    ),
+    ("POST", "/v1/messages"): Operation(
+        "Answers a conversation in the form of Anthropic's Messages.",
+        messages_protocol.MessagesRequest,
+        messages_protocol.Message,
+        _MODEL_ERRORS,
+        messages_protocol.MessageDelta,
+    ),
+    ("POST", "/v1/messages/count_tokens"): Operation(
+        "The length of a conversation in tokens.",
+        messages_protocol.MessagesRequest,
+        messages_protocol.TokensCount,
+        _MODEL_ERRORS,
     ),
     ("GET", "/v1/models"): Operation("The served names of the model.", response=protocol.ModelList),
     ("GET", "/v1/models/{model}"): Operation("One served name.", response=protocol.ModelCard, statuses=(404,)),
@@ -114,8 +156,11 @@ def _operation(method: str, path: str, operation: Operation) -> dict[str, Any]:
     if operation.request is not None:
         schema = _ref(operation.request)
         result["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    if "{model}" in path:
-        result["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    names = re.findall(r"{(\w+)}", path)
+    if names:
+        result["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
     return result
 
 
