@@ -22,6 +22,7 @@ from fastllm.device import choose_device, memory_line
 from fastllm.engine_args import EngineArgs
 from fastllm.errors import InvalidArgument, LoadError
 from fastllm.grammar.compiler import CompiledGrammar, GrammarCompiler
+from fastllm.grammar.limits import GrammarLimits
 from fastllm.grammar.params import StructuredOutputsParams
 from fastllm.loader.model import ModelFiles, open_model
 from fastllm.loader.tensors import FileTensor, PageRelease
@@ -37,6 +38,8 @@ log = logging.getLogger("fastllm")
 PromptType = str | list[int] | TokensPrompt
 
 _NULL_MAX_LEN = 4096  # tokens
+# Of grammars that come from the program itself and not from a stranger.
+_OWN_LIMITS = GrammarLimits(max_schema_bytes=4 << 20, max_schema_nodes=200_000, max_compile_time_s=60.0)
 
 
 @dataclass
@@ -177,7 +180,7 @@ class EngineClient:
         if params.bad_words:
             prepared.bad_words = bad_word_tokens(self.tokenizer, params.bad_words)
         if isinstance(params.structured_outputs, StructuredOutputsParams):
-            prepared.grammar = self.grammars.compile(params.structured_outputs)
+            prepared.grammar = self.grammars.compile(params.structured_outputs, _OWN_LIMITS)
         return prepared
 
     def _parse(self, prompt: Any) -> PreparedPrompt:

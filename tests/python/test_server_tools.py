@@ -108,6 +108,25 @@ def test_parallel_calls_are_all_well_formed(server: RunningServer) -> None:
     assert len({call["id"] for call in calls}) == len(calls)
 
 
+def test_template_without_a_system_role_is_told_about_tools_in_the_first_user_message() -> None:
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    with running_server({"chat_template": template}) as running:
+        reply = running.chat(tools=[WEATHER], max_tokens=1, return_token_ids=True).json
+    prompt = bytes(token for token in reply["prompt_token_ids"] if token < 256).decode()
+    assert prompt.startswith("user: You can call") and "Says it." in prompt and prompt.endswith("Hello\n")
+
+
+def test_schema_of_a_tool_may_say_more_than_a_grammar_can(hermes: RunningServer) -> None:
+    parameters = {**CITY, "properties": {"city": {"type": "array", "items": {"enum": [1]}, "uniqueItems": True}}}
+    parameters["description"] = "rule ::= 'not GBNF'"
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    body = hermes.chat(tools=[tool], tool_choice="required", max_tokens=300, parallel_tool_calls=False).json
+    assert body["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"
+
+
 def test_text_stays_text_with_tools_on_offer(server: RunningServer) -> None:
     for stream in (False, True):
         reply = server.chat(tools=[WEATHER], **said("It is {sunny} in Paris."), stream=stream)

@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from fastllm.server.tools.events import CallArguments, CallStart, Text
-from fastllm.server.tools.formats import BY_NAME, GENERIC, HERMES, LLAMA3, MISTRAL, ToolFormat, choose_format
+from fastllm.server.tools.formats import (
+    BY_NAME,
+    GENERIC,
+    HERMES,
+    LLAMA3,
+    MISTRAL,
+    ToolFormat,
+    choose_format,
+    takes_system,
+)
 from fastllm.server.tools.parsers import ToolParser
 
 NAMES = ("weather", "time")
@@ -161,6 +170,19 @@ def test_long_arguments_take_linear_time() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 200_000 + '"}}</tool_call>'
     _, ((_, arguments),) = read(HERMES.parser([]), iter([text]))
     assert len(arguments) == 200_000 + len('{"a": ""}')
+
+
+@pytest.mark.parametrize(
+    ("template", "takes"),
+    [
+        ("{{ messages[0].role }}", True),
+        ("{% if m.role == 'system' %}{{ m.content }}{% else %}{{ raise_exception('Unknown role') }}{% endif %}", True),
+        ("{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}", False),
+        ("{{ raise_exception('Conversation roles must alternate user/assistant') }}", False),
+    ],
+)
+def test_the_template_tells_whether_it_takes_a_system_message(template: str, takes: bool) -> None:
+    assert takes_system(template) == takes
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,14 @@ def _json(schema: dict[str, Any] | bool, params: StructuredOutputsParams) -> str
     return _one(f"start: %json {json.dumps(json_schema(schema, params))}")
 
 
-def json_schema(schema: dict[str, Any] | bool, params: StructuredOutputsParams | None = None) -> dict[str, Any]:
-    """The schema with how it is written: bounded whitespace, and oneOf taken as anyOf."""
-    options: dict[str, Any] = {"coerce_one_of": True}
+def json_schema(
+    schema: dict[str, Any] | bool, params: StructuredOutputsParams | None = None, *, lenient: bool = False
+) -> dict[str, Any]:
+    """The schema with how it is written: bounded whitespace, and oneOf taken as anyOf.
+
+    lenient: keywords that cannot be enforced are ignored; otherwise they are errors.
+    """
+    options: dict[str, Any] = {"coerce_one_of": True, "lenient": lenient}
     if params is not None and params.disable_any_whitespace:
         options["whitespace_flexible"] = False
     else:
@@ -101,7 +106,7 @@ def _regex_body(pattern: str) -> str:
 
 
 def _lark(text: str) -> str:
-    if "::=" not in text:
+    if not re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):
         return text
     from llguidance.gbnf_to_lark import gbnf_to_lark
 

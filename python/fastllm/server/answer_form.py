@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastllm.grammar.compiler import CompiledGrammar
 from fastllm.grammar.params import StructuredOutputsParams
 from fastllm.grammar.source import Preamble
@@ -13,6 +15,9 @@ from fastllm.server.reasoning import ReasoningParser, ReasoningTags, is_opened
 from fastllm.server.state import ServerState
 from fastllm.server.structured import compile_constraint, grammar_limits, read_constraint
 from fastllm.server.tools.request import Tools, read_tools
+
+# A grammar of all tools may have as many bytes as this many schemas.
+_TOOLS_PER_SCHEMA = 8
 
 
 class AnswerForm:
@@ -64,7 +69,10 @@ class AnswerForm:
         preamble = None
         if self.reasoning is not None and not self._closed:
             preamble = Preamble(self.reasoning.start, self.reasoning.end, self._opened)
-        return await compile_constraint(self._state, *self._constraint, preamble)
+        limits = grammar_limits(self._state.limits)
+        if self.tools is not None and self.tools.must_call:
+            limits = replace(limits, max_schema_bytes=_TOOLS_PER_SCHEMA * limits.max_schema_bytes)
+        return await compile_constraint(self._state, *self._constraint, preamble=preamble, limits=limits)
 
     def sample(self) -> ChatOutput:
         dialect = self._state.dialect

@@ -45,7 +45,7 @@ def choose_dialect(llm: AsyncLLM, tool_call_parser: str | None = None, reasoning
     return Dialect(
         tools,
         formats.knows_tools(template),
-        "system" in (template or "system") or "['role']" in (template or "") or ".role" in (template or ""),
+        formats.takes_system(template or ""),
         tags,
         None if tags is None else tokenizer.token_to_id(tags.end),
         specials,

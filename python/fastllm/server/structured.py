@@ -75,10 +75,18 @@ def _schema(schema: Any) -> dict[str, Any]:
 
 
 async def compile_constraint(
-    state: ServerState, params: StructuredOutputsParams, param: str, preamble: Preamble | None = None
+    state: ServerState,
+    params: StructuredOutputsParams,
+    param: str,
+    *,
+    preamble: Preamble | None = None,
+    limits: GrammarLimits | None = None,
 ) -> CompiledGrammar:
-    """Raises a 400 that names `param` and says what is wrong with it or too much of it."""
-    limits = grammar_limits(state.limits)
+    """Raises a 400 that names `param` and says what is wrong with it or too much of it.
+
+    limits: where they are not those of one schema.
+    """
+    limits = limits or grammar_limits(state.limits)
     compile = state.llm.grammars.compile
     try:
         loop = asyncio.get_running_loop()

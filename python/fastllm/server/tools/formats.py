@@ -36,7 +36,7 @@ class ToolFormat:
         rules = []
         for number, function in enumerate(functions):
             name = json.dumps(function["name"])[1:-1]
-            schema = json_schema(function.get("parameters") or {"type": "object"})
+            schema = json_schema(function.get("parameters") or {"type": "object"}, lenient=True)
             rules.append(
                 f"call_{number}: {literal(start.replace('{name}', name), specials)} %json {json.dumps(schema)} "
                 f"{literal(end, specials)}\n"
@@ -106,6 +106,13 @@ def choose_format(template: str | None) -> ToolFormat:
     if "<|python_tag|>" in text or ("<|start_header_id|>" in text and "ipython" in text):
         return LLAMA3
     return GENERIC
+
+
+def takes_system(template: str) -> bool:
+    """The template has a place for a system message, or at least no complaint about one."""
+    if "raise_exception" not in template:
+        return True
+    return "system" in template and not re.search(r"raise_exception\([^)]*system", template, re.IGNORECASE)
 
 
 def knows_tools(template: str | None) -> bool:
