@@ -123,6 +123,7 @@ void bind_engine(py::module_& m) {
       .def("poll", &poll, py::arg("timeout_s") = 0.0, py::arg("until_end") = false)
       .def("event_fd", &Engine::event_fd)
       .def("stats", &Engine::stats, release())
+      .def("heartbeat", &Engine::heartbeat)
       .def_property_readonly("config", [](const Engine& e) { return e.config(); })
       .def_property_readonly("memory", [](const Engine& e) { return e.memory(); })
       .def_property_readonly("spec_json", [](const Engine& e) { return spec_to_json(e.spec()); })

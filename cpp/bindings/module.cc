@@ -1,6 +1,7 @@
 // The native module fastllm._core; its Python signatures are in python/fastllm/_core.pyi.
 #include "backend/backend.h"
 #include "base/cpu_placement.h"
+#include "base/json_shape.h"
 #include "bindings/convert.h"
 #include "fastllm/version.h"
 #include "model/bundle_writer.h"
@@ -41,6 +42,16 @@ std::optional<std::size_t> first_outside(const py::list& ids, int vocab) {
   return std::nullopt;
 }
 
+py::tuple json_shape_of(const py::bytes& text) {
+  const std::string_view view = text;  // the caller's reference keeps it
+  JsonShape shape;
+  {
+    py::gil_scoped_release release;
+    shape = json_shape(view);
+  }
+  return py::make_tuple(shape.depth, shape.keys, shape.elements);
+}
+
 }  // namespace
 }  // namespace fastllm
 
@@ -69,6 +80,7 @@ PYBIND11_MODULE(_core, m) {
       py::arg("spec_json"), py::arg("weights"), py::arg("path"), py::arg("dtype"),
       py::call_guard<py::gil_scoped_release>());
   m.def("first_outside", &first_outside, py::arg("ids"), py::arg("vocab"));
+  m.def("json_shape", &json_shape_of, py::arg("text"));
   m.def("usable_cores", &usable_cores);
   m.def("cuda_device_count", [] {
     std::string why;

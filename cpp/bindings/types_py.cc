@@ -164,6 +164,11 @@ void bind_types(py::module_& m) {
       .def_readonly("last_step_age_s", &EngineStats::last_step_age_s)
       .def_readonly("healthy", &EngineStats::healthy);
 
+  py::class_<Heartbeat>(m, "Heartbeat")
+      .def_readonly("count", &Heartbeat::count)
+      .def_readonly("busy", &Heartbeat::busy)
+      .def_readonly("age_s", &Heartbeat::age_s);
+
   py::class_<EngineMemory>(m, "EngineMemory")
       .def_readonly("device", &EngineMemory::device)
       .def_readonly("total", &EngineMemory::total)

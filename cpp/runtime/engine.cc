@@ -14,6 +14,7 @@
 #include "model/bundle.h"
 #include "model/decoder_weights.h"
 #include "runtime/engine_loop.h"
+#include "runtime/fault_executor.h"
 #include "runtime/kv_budget.h"
 #include "runtime/local_executor.h"
 #include "runtime/memory_advice.h"
@@ -125,6 +126,7 @@ auto in_phase(StartPhase phase, const EngineConfig& config, F&& run) {
 
 std::unique_ptr<EngineLoop> start(EngineConfig& config, const ModelSpec& spec, std::unique_ptr<Executor> executor,
                                   EngineMemory& memory) {
+  executor = with_faults(std::move(executor));
   StartUse use;
   use.loaded = executor->device_use();
   const KvBudget budget = in_phase(StartPhase::WorstStep, config, [&] { return executor->profile(); });
@@ -191,6 +193,7 @@ bool Engine::poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeou
 }
 int Engine::event_fd() const { return impl_->loop->event_fd(); }
 EngineStats Engine::stats() const { return impl_->loop->stats(); }
+Heartbeat Engine::heartbeat() const { return impl_->loop->heartbeat(); }
 const EngineMemory& Engine::memory() const { return impl_->memory; }
 const EngineConfig& Engine::config() const { return impl_->config; }
 const ModelSpec& Engine::spec() const { return impl_->spec; }

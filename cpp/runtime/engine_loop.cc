@@ -17,6 +17,7 @@ EngineLoop::EngineLoop(const EngineConfig& config, ModelLimits model, const KvCo
       ring_(static_cast<std::size_t>(executor->depth())),
       scheduler_(config, std::move(model), kv),
       executor_(std::move(executor)),
+      beat_at_(Clock::now().time_since_epoch().count()),
       outbox_(&event_),
       last_turn_(Clock::now()) {
   scheduler_.fill_stats(stats_);
@@ -64,6 +65,22 @@ EngineStats EngineLoop::stats() const {
   return stats;
 }
 
+Heartbeat EngineLoop::heartbeat() const {
+  Heartbeat beat;
+  beat.count = beats_.load(std::memory_order_acquire);
+  beat.busy = busy_.load(std::memory_order_acquire);
+  const Clock::duration age =
+      Clock::now().time_since_epoch() - Clock::duration(beat_at_.load(std::memory_order_acquire));
+  beat.age_s = std::chrono::duration<double>(age).count();
+  return beat;
+}
+
+void EngineLoop::beat(bool busy) {
+  beat_at_.store(Clock::now().time_since_epoch().count(), std::memory_order_release);
+  busy_.store(busy, std::memory_order_release);
+  beats_.fetch_add(1, std::memory_order_release);
+}
+
 bool EngineLoop::drain(std::chrono::milliseconds timeout) {
   std::unique_lock lock(state_mutex_);
   if (refusal_.empty()) refusal_ = "The engine is draining and takes no new requests.";
@@ -82,6 +99,7 @@ void EngineLoop::shutdown() {
 }
 
 void EngineLoop::run() {
+  beat(true);
   busy_since_ = Clock::now();
   while (!stopping_) {
     try {
@@ -90,6 +108,7 @@ void EngineLoop::run() {
       fault(e.what());
     }
     publish();
+    beat(true);
   }
 }
 
@@ -103,7 +122,9 @@ void EngineLoop::turn() {
       asleep_ = true;
     }
     add_host_time();
+    beat(false);
     inbox_.wait_take(commands_);
+    beat(true);
     busy_since_ = Clock::now();
     obey(commands_);
   }
@@ -175,7 +196,9 @@ void EngineLoop::fill_masks(const PlannedStep& step) {
 void EngineLoop::finish_step() {
   const PlannedStep& step = ring_[num_waited_ % ring_.size()];
   add_host_time();
+  beat(true);
   const StepResult& result = executor_->wait(step.plan.id);
+  beat(true);
   busy_since_ = Clock::now();
   ++num_waited_;
   if (!result.error.empty()) throw Error(result.error);

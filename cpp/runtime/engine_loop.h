@@ -39,6 +39,7 @@ class EngineLoop {
   bool poll(std::vector<TokenDelta>& out, std::chrono::milliseconds timeout);
   int event_fd() const { return event_.fd(); }
   EngineStats stats() const;
+  Heartbeat heartbeat() const;
   void reset_prefix_cache();
   bool drain(std::chrono::milliseconds timeout);
   void shutdown();
@@ -59,6 +60,7 @@ class EngineLoop {
   void fill_masks(const PlannedStep& step);
   void finish_step();
   void add_host_time();
+  void beat(bool busy);
   void fault(const std::string& sentence);
   void publish();
 
@@ -76,6 +78,11 @@ class EngineLoop {
   bool stopping_ = false;
   Clock::duration host_time_{0};  // outside waits, up to busy_since_
   TimePoint busy_since_{};
+
+  // Written by the engine thread without a lock, so that they can be read whatever it is stuck in.
+  std::atomic<std::uint64_t> beats_{0};
+  std::atomic<bool> busy_{false};
+  std::atomic<Clock::rep> beat_at_{0};  // since Clock's epoch
 
   EventFd event_;
   Mailbox<Command> inbox_;

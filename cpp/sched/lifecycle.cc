@@ -156,6 +156,8 @@ void Scheduler::on_result(const PlannedStep& step, const StepResult& result, Tim
         // The token came too late: an earlier one, the caller or an error ended the sequence.
       } else if (const std::string* error = find_error(result, sample)) {
         end_request(request, FinishReason::Error, ErrorKind::Invalid, *error, now);
+      } else if (std::ranges::find(result.nan_rows, sample) != result.nan_rows.end()) {
+        end_request(request, FinishReason::Error, ErrorKind::Engine, "The model's logits are not numbers.", now);
       } else if (request.beams) {
         know_next(seq, result.logprobs.at(k), now);
       } else {

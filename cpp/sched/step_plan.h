@@ -93,13 +93,15 @@ struct StepResult {
   std::vector<PositionLogprobs> logprobs;         // [kSample rows] if max_logprobs >= 0, else empty
   std::vector<PositionLogprobs> prompt_logprobs;  // of all kPromptLogprobs rows in order, one per known next token
   std::vector<std::pair<std::int32_t, std::string>> row_errors;  // {index among kSample rows, sentence}
-  std::string error;  // non-empty: the whole step failed and the executor cannot go on
+  std::vector<std::int32_t> nan_rows;  // indexes among kSample rows whose logits are not numbers; their token is -1
+  std::string error;                   // non-empty: the whole step failed and the executor cannot go on
 
   void clear() {
     tokens.clear();
     logprobs.clear();
     prompt_logprobs.clear();
     row_errors.clear();
+    nan_rows.clear();
     error.clear();
   }
 };

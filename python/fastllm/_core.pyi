@@ -150,6 +150,13 @@ class EngineStats:
     last_step_age_s: float
     healthy: bool
 
+class Heartbeat:
+    """fastllm::Heartbeat: the engine thread's sign of life."""
+
+    count: int  # advances at the begin and the end of every step
+    busy: bool  # False while there is nothing to do
+    age_s: float  # since count last advanced
+
 class EngineMemory:
     """fastllm::EngineMemory: what the memory of the first GPU went to, in bytes; on CPUs only weights is known."""
 
@@ -202,6 +209,7 @@ class Engine:
         """
     def event_fd(self) -> int: ...
     def stats(self) -> EngineStats: ...
+    def heartbeat(self) -> Heartbeat: ...
     @property
     def config(self) -> EngineConfig: ...
     @property
@@ -223,6 +231,9 @@ def export_weights(spec_json: str, weights: Sequence[WeightBinding], path: str, 
 
 def first_outside(ids: list[int], vocab: int) -> int | None:
     """The index of the first element that is not an int of at least 0 and below vocab."""
+
+def json_shape(text: bytes) -> tuple[int, int, int]:
+    """Depth, most keys of one object and most elements of one array, in one pass without the GIL."""
 
 def usable_cores() -> int: ...
 def cuda_device_count() -> tuple[int, str]:

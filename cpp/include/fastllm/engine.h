@@ -48,6 +48,7 @@ class FASTLLM_API Engine {
   int event_fd() const;
 
   EngineStats stats() const;
+  Heartbeat heartbeat() const;
   const EngineMemory& memory() const;
   // The configuration in force: zeros replaced by what was chosen.
   const EngineConfig& config() const;

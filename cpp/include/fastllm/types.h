@@ -186,6 +186,13 @@ struct EngineStats {
   bool healthy = true;            // false after a fault of the executor
 };
 
+// The engine thread's sign of life. It can be read at any time, also while the thread is stuck.
+struct Heartbeat {
+  std::uint64_t count = 0;  // advances when a turn begins, before and after the wait for a step, and when a turn ends
+  bool busy = false;        // false while the thread sleeps because there is nothing to do
+  double age_s = 0;         // since count last advanced
+};
+
 // What the memory of the first rank's GPU went to when the engine had started. On CPUs only the weights are known,
 // those of all ranks. Bytes.
 struct EngineMemory {

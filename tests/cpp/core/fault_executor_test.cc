@@ -1,0 +1,103 @@
+// Faults made on purpose, and the engine's sign of life while one lasts.
+#include "runtime/fault_executor.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <memory>
+#include <thread>
+
+#include "fastllm/error.h"
+#include "runtime/engine_loop.h"
+#include "runtime/null_executor.h"
+
+namespace fastllm {
+namespace {
+
+using std::chrono::seconds;
+
+std::unique_ptr<EngineLoop> loop_with(std::string_view faults) {
+  EngineConfig config;
+  config.max_model_len = 512;
+  config.max_num_seqs = 4;
+  NullModel model;
+  model.max_len = 512;
+  auto executor = with_faults(make_null_executor(config, model), parse_faults(faults));
+  const KvConfig kv{.device_blocks = 65, .host_blocks = 0, .block_size = config.block_size, .prefix_caching = true};
+  executor->init_kv(kv.device_blocks, kv.host_blocks);
+  return std::make_unique<EngineLoop>(config, ModelLimits{model.vocab, model.max_len, {}}, kv, std::move(executor));
+}
+
+RequestInput request(std::uint64_t id) {
+  RequestInput input;
+  input.id = id;
+  input.prompt = {1, 2, 3};
+  input.sampling.max_tokens = 50;
+  return input;
+}
+
+// The last delta of each of the requests 1..count.
+std::vector<TokenDelta> ends_of(EngineLoop& loop, std::size_t count) {
+  std::vector<TokenDelta> ends(count), news;
+  for (std::size_t ended = 0; ended < count;) {
+    if (!loop.poll(news, seconds(60))) break;
+    for (const TokenDelta& delta : news) {
+      if (delta.finish == FinishReason::None) continue;
+      ends[static_cast<std::size_t>(delta.id - 1)] = delta;
+      ++ended;
+    }
+  }
+  return ends;
+}
+
+TEST(Faults, AreReadOrRefusedByPart) {
+  const auto faults = parse_faults("hang@3,slow@2:50,nan@1");
+  ASSERT_EQ(faults.size(), 3u);
+  EXPECT_EQ(faults[0].milliseconds, -1);
+  EXPECT_EQ(faults[1].step, 2u);
+  EXPECT_EQ(faults[1].milliseconds, 50);
+  for (const char* wrong : {"hang", "hang@", "hang@0", "slow@1", "burn@1", "hang@1:x", "hang@-1", "nan@1,,"})
+    EXPECT_THROW(parse_faults(wrong), InvalidArgument) << wrong;
+}
+
+TEST(Faults, RowWithoutUsableLogitsEndsItsRequestOnly) {
+  const auto loop = loop_with("nan@5");
+  loop->submit(request(1));
+  loop->submit(request(2));
+  const auto ends = ends_of(*loop, 2);
+  const TokenDelta& failed = ends[0].finish == FinishReason::Error ? ends[0] : ends[1];
+  const TokenDelta& other = &failed == &ends[0] ? ends[1] : ends[0];
+  EXPECT_EQ(failed.error_kind, ErrorKind::Engine);
+  EXPECT_EQ(other.finish, FinishReason::Length);
+  EXPECT_TRUE(loop->stats().healthy);
+  EXPECT_EQ(loop->stats().block_leaks, 0);
+}
+
+TEST(Faults, FailedStepEndsEveryRequestAndTheEngine) {
+  const auto loop = loop_with("error@4");
+  loop->submit(request(1));
+  loop->submit(request(2));
+  for (const TokenDelta& end : ends_of(*loop, 2)) EXPECT_EQ(end.error_kind, ErrorKind::Engine);
+  EXPECT_FALSE(loop->stats().healthy);
+}
+
+TEST(Heartbeat, TellsAStuckStepFromWorkAndFromSleep) {
+  const auto loop = loop_with("hang@10:400");
+  while (loop->heartbeat().busy) std::this_thread::yield();  // asleep: nothing to do
+  loop->submit(request(1));
+  double oldest = 0;
+  std::uint64_t beats = 0;
+  std::vector<TokenDelta> news;
+  for (bool ended = false; !ended;) {
+    const Heartbeat beat = loop->heartbeat();
+    if (beat.busy) oldest = std::max(oldest, beat.age_s);
+    EXPECT_GE(beat.count, beats);
+    beats = beat.count;
+    if (loop->poll(news, std::chrono::milliseconds(5))) ended = news.back().finish != FinishReason::None;
+  }
+  EXPECT_GT(oldest, 0.2);
+  EXPECT_GT(loop->heartbeat().count, 100u);  // two and more for each of 50 steps
+}
+
+}  // namespace
+}  // namespace fastllm
