@@ -196,18 +196,33 @@ class AsyncLLM:
             self._on_results()
         return done
 
-    def shutdown(self) -> None:
-        """Aborts what is left and stops the engine. Idempotent."""
+    def heartbeat(self) -> _core.Heartbeat:
+        """Never waits, whatever the engine is doing."""
+        return self._client.core.heartbeat()
+
+    def fail(self, sentence: str) -> None:
+        """Ends every request with this error and uses the engine no more, without asking it: it may be stuck."""
         if self._stopped:
             return
         self._stopped = True
         if self._loop is not None and not self._loop.is_closed():
             self._loop.remove_reader(self._client.core.event_fd())
-        self._client.shutdown()
         for stream in self._streams.values():
             if not stream.state.finished:
-                stream.state.error = RequestError("The engine was shut down.", "engine")
+                stream.state.error = RequestError(sentence, "engine")
             stream.event.set()
+
+    async def aclose(self) -> None:
+        """Ends what is left with an error and stops the engine without blocking the event loop."""
+        self.fail("The engine was shut down.")
+        await asyncio.to_thread(self._client.shutdown)
+
+    def shutdown(self) -> None:
+        """Aborts what is left and stops the engine. Idempotent."""
+        if self._stopped:
+            return
+        self.fail("The engine was shut down.")
+        self._client.shutdown()
 
     def _attach(self) -> None:
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""The `fastllm` command: serve, chat, generate, run-batch, export, quantize."""
+"""The `fastllm` command: serve, chat, generate, run-batch, export, quantize, key."""
 
 from __future__ import annotations
 
@@ -87,6 +87,8 @@ def _make_parser() -> argparse.ArgumentParser:
     from fastllm.arg_parser import FlexibleArgumentParser, Version
     from fastllm.quantize.command import add_flags as add_quantize_flags
     from fastllm.quantize.command import run as quantize_command
+    from fastllm.server.key_command import add_flags as add_key_flags
+    from fastllm.server.key_command import run as key_command
 
     parser = FlexibleArgumentParser(
         prog="fastllm",
@@ -124,6 +126,10 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add_quantize_flags(quantize)
     quantize.set_defaults(run=quantize_command)
+
+    key = commands.add_parser("key", help="make an API key for `serve --api-key-file`", epilog=_EXAMPLES, **_format())
+    add_key_flags(key)
+    key.set_defaults(run=key_command)
     return parser
 
 

@@ -1,9 +1,13 @@
-"""A real server over the null model inside the test process, and the few questions tests ask it."""
+"""A real server over the null model, inside the test process or in its own, and the few questions tests ask it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -171,3 +175,31 @@ def running_server(engine: dict[str, Any] | None = None, **state: Any) -> Iterat
         yield server
     finally:
         server.close()
+
+
+class ServerProcess:
+    """`python -m MODULE --model null` on a free port, in its own process."""
+
+    def __init__(self, module: str, *flags: str, **environment: str) -> None:
+        command = [sys.executable, "-m", module, "--model", "null", "--port", "0", *flags]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = ""
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip())
+
+    def wait_ready(self) -> None:
+        wait_until(lambda: any(line.startswith("ready") for line in self.lines), 60, lambda: "\n".join(self.lines))
+        line = next(line for line in self.lines if line.startswith("ready"))
+        self.url = re.search(r"http://\S+", line)[0].removesuffix("/v1")  # type: ignore[index]
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+        self._reader.join(10)

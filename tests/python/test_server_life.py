@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,7 +17,7 @@ import pytest
 from fastllm.async_llm import AsyncLLM
 from fastllm.server.console.routes import PATHS as CONSOLE_PATHS
 from fastllm.server.limits import Limits
-from server_fixtures import CONTEXT, Reply, RunningServer, ask, load_null, running_server, wait_until
+from server_fixtures import CONTEXT, Reply, RunningServer, ServerProcess, ask, load_null, running_server, wait_until
 
 LONG = {"prompt": "Hello", "max_tokens": CONTEXT - 100, "ignore_eos": True}
 COMPLETIONS = "/v1/completions"
@@ -235,34 +233,6 @@ def test_request_that_outlives_the_drain_ends_with_an_error(stream: bool) -> Non
             assert reply.status == 200 and json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
         else:
             assert reply.status == 503 and reply.error["code"] == "draining"
-
-
-class ServerProcess:
-    """`python -m MODULE --model null` on a free port, in its own process."""
-
-    def __init__(self, module: str, *flags: str) -> None:
-        command = [sys.executable, "-m", module, "--model", "null", "--port", "0", *flags]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self.url = ""
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip())
-
-    def wait_ready(self) -> None:
-        wait_until(lambda: any(line.startswith("ready") for line in self.lines), 60, lambda: "\n".join(self.lines))
-        line = next(line for line in self.lines if line.startswith("ready"))
-        self.url = re.search(r"http://\S+", line)[0].removesuffix("/v1")  # type: ignore[index]
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(10)
-        self._reader.join(10)
 
 
 @pytest.mark.parametrize(

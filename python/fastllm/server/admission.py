@@ -1,7 +1,8 @@
 """Decides whether a request is served, before anything is allocated for it.
 
-The order of refusal: draining, loading, queue full, unknown model, fields we cannot honour, sizes, and after
-tokenising the lengths against the context. Every function is O(size of the request) and has no side effects.
+The order of refusal: draining, key, the key's limits, loading, unknown model, fields we cannot honour, sizes, queue
+full; after tokenising the lengths against the context, what the request costs, and the wait that can be foreseen. Every
+function is O(size of the request) and has no side effects but the counts of refusals.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from fastllm.server.call import current_call
+from fastllm.server.cost import BYTES_PER_TOKEN, Cost
 from fastllm.server.errors import ApiError, bad_request
 from fastllm.server.limits import Limits
 from fastllm.server.protocol import ChatRequest, CommonRequest, CompletionRequest
@@ -38,25 +41,88 @@ def check_open(state: ServerState) -> None:
 
 
 def check_queue(state: ServerState, sequences: int) -> None:
+    """Before tokenising: sequences by number, tokens by the size of the body."""
     config = state.llm.engine_config
+    call = current_call()
     limit = config.max_num_seqs + state.limits.waiting_limit(config.max_num_seqs)
     if state.active_sequences and state.active_sequences + sequences > limit:
-        if state.metrics is not None:
-            state.metrics.rejected("max_num_queued_reqs")
+        _count(state, "max_num_queued_reqs")
         raise ApiError(
             429,
             f"The server is busy: {state.active_sequences} sequences are running or waiting and the limit is {limit}. "
             "Try again later.",
             code="queue_full",
-            retry_after=1,
+            retry_after=state.gate.retry_after(call.client),
+        )
+    _check_waiting_tokens(state, call.body_bytes // BYTES_PER_TOKEN)
+    _check_wait(state)
+
+
+def _check_waiting_tokens(state: ServerState, tokens: int) -> None:
+    """A request that need not wait is never too long for the queue."""
+    config = state.llm.engine_config
+    limit = state.limits.waiting_tokens_limit(config.max_num_seqs, config.max_model_len)
+    if state.gate.waiting_tokens and state.gate.waiting_tokens + tokens > limit:
+        _count(state, "max_num_queued_tokens")
+        raise ApiError(
+            429,
+            f"The server is busy: {state.gate.waiting_tokens} prompt tokens are waiting and the limit is {limit}. "
+            "Try again later.",
+            code="queue_full",
+            retry_after=state.gate.retry_after(current_call().client),
         )
 
 
+def _check_wait(state: ServerState) -> None:
+    """A wait that would end in a refusal is refused at once."""
+    client = current_call().client
+    limit, expected = state.limits.max_waiting_time_s, state.gate.predicted_wait(client)
+    if limit and expected > limit:
+        _count(state, "queue_time")
+        raise ApiError(
+            503,
+            f"The server is busy: a start is expected in {expected:.0f} s and the limit is {limit:g} s.",
+            code="queue_timeout",
+            retry_after=state.gate.retry_after(client),
+        )
+
+
+def check_cost(state: ServerState, cost: Cost) -> None:
+    """The last check before the engine: what the call will hold while it runs, and what its key may still use."""
+    config = state.llm.engine_config
+    pool = config.num_blocks
+    if cost.largest_prompt_blocks > pool:
+        raise bad_request(
+            f"The longest prompt needs {cost.largest_prompt_blocks} KV blocks of {config.block_size} tokens, but the "
+            f"KV cache has {pool}. Please reduce its length.",
+            "prompt",
+            "context_length_exceeded",
+        )
+    if cost.logprob_cells > state.limits.max_logprob_cells:
+        raise bad_request(
+            f"This request asks for up to {cost.logprob_cells} log-probabilities; the limit is "
+            f"{state.limits.max_logprob_cells}. Lower logprobs, prompt_logprobs, n or max_tokens.",
+            "logprobs",
+        )
+    _check_waiting_tokens(state, cost.prompt_tokens)
+    _check_wait(state)
+    current_call().client.check_tokens(cost.prompt_tokens)
+
+
+def _count(state: ServerState, reason: str) -> None:
+    if state.metrics is not None:
+        state.metrics.rejected(reason)
+
+
 def check_model(state: ServerState, name: str | None) -> None:
-    if name is None:
-        return
     names = state.model_names
+    if name is None:
+        name = names[0]
     if name in names:
+        if not current_call().client.may_use(name):
+            raise ApiError(
+                403, f"This API key may not use the model `{name}`.", param="model", code="model_not_allowed"
+            )
         return
     if not name:
         raise bad_request("model must not be empty.", "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import ssl
 import sys
@@ -16,7 +17,8 @@ from aiohttp import web
 
 from fastllm.server import chat, completions, info, messages, openapi, responses
 from fastllm.server.auth import ROOT_PATH
-from fastllm.server.connection import Runner
+from fastllm.server.call import current_call
+from fastllm.server.connection import Runner, allow_open_files
 from fastllm.server.console.routes import add_console
 from fastllm.server.cors import Cors
 from fastllm.server.errors import speaks_messages
@@ -35,7 +37,11 @@ MAX_HEADER_BYTES = 8190  # of one header line
 _CANCEL_GRACE_S = 2.0
 # After an answer that did not wait for the whole body: for the client to read it before the connection closes.
 _LINGER_S = 2.0
+# After the time to drain: for an orderly end, before the process ends whatever still runs.
+_HARD_EXIT_S = 5.0
+_OTHER_FILES = 512  # open at once besides connections: weights, libraries, pipes
 STOPPED_AT_ONCE = 130  # the shell's status of a process that Ctrl-C ended
+ENGINE_FAULT = 70  # "internal software error" of sysexits.h: the supervisor shall start another
 
 
 async def _add_request_id(request: web.Request, response: web.StreamResponse) -> None:
@@ -43,6 +49,7 @@ async def _add_request_id(request: web.Request, response: web.StreamResponse) ->
     response.headers["Server"] = "fastllm"
     if speaks_messages(request.path):  # where Anthropic's clients look for it
         response.headers["Request-Id"] = response.headers["X-Request-Id"]
+    response.headers.update(current_call().client.headers())
 
 
 def create_app(
@@ -103,6 +110,7 @@ class Server:
         self._load = load
         self._runner = Runner(
             create_app(state, root_path, console=console, cors=cors),
+            state.limits,
             handler_cancellation=True,  # a client that goes away aborts its request
             access_log=None,
             auto_decompress=False,  # a small body could become gigabytes, on the event loop
@@ -126,6 +134,7 @@ class Server:
         self, host: str, port: int, ssl_context: ssl.SSLContext | None = None, *, uds: str | None = None
     ) -> int:
         """Answers from here on, with 503 until the model is loaded. Returns the port; 0 on the Unix socket `uds`."""
+        allow_open_files(self.state.limits.max_connections + _OTHER_FILES)
         await self._runner.setup()
         self._chores = asyncio.create_task(self._housekeeping.run())
         if uds is not None:
@@ -167,14 +176,19 @@ class Server:
         self._loader.start()
         self._llm = await result
         self.state.set_ready(self._llm)
+        self.state.watch.start()
         return self._llm
 
     async def stop(self, drain_timeout: float) -> bool:
         """Refuses new requests, finishes the accepted ones within `drain_timeout` seconds, then closes everything."""
         self.state.begin_drain()
         drained = await self.state.wait_idle(drain_timeout)
+        self.state.watch.stop()
         if self._llm is not None:
-            self._llm.shutdown()  # what still runs ends with an error its client can read
+            self._llm.fail("The engine was shut down.")  # what still runs ends with an error its client can read
+            await self.state.wait_idle(_CANCEL_GRACE_S)
+            if not self.state.watch.faulted.is_set():  # a stuck engine thread cannot be joined
+                await self._llm.aclose()
         await self._runner.cleanup()
         for pool in (self.state.workers, self.state.compilers):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -183,6 +197,15 @@ class Server:
         if self._uds is not None:
             Path(self._uds).unlink(missing_ok=True)
         return drained
+
+
+def _reload_keys(state: ServerState) -> None:
+    try:
+        state.keys.reload()
+    except ValueError as exc:
+        logger.error("%s The keys read before stay in force.", exc)
+    else:
+        logger.info("read the API keys again: %d are known", len(state.keys))
 
 
 async def serve_until_signal(
@@ -206,6 +229,8 @@ async def serve_until_signal(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    if hasattr(signal, "SIGHUP") and server.state.keys:
+        loop.add_signal_handler(signal.SIGHUP, _reload_keys, server.state)
     try:
         on_listening(await server.listen(host, port, ssl_context, uds=uds))
     except OSError as exc:
@@ -221,10 +246,19 @@ async def serve_until_signal(
             await server.stop(0)
             raise error
         on_ready(loading.result())
-        await stopping
+        faulted = asyncio.create_task(server.state.watch.faulted.wait())
+        await asyncio.wait({stopping, faulted}, return_when=asyncio.FIRST_COMPLETED)
+        if faulted.done():
+            # For the handlers to tell their clients; the engine, which may be stuck, is left to the process's end.
+            await server.state.wait_idle(_CANCEL_GRACE_S)
+            return ENGINE_FAULT
+        faulted.cancel()
     else:
         loading.cancel()
     logger.info("stopping: %d requests to finish, at most %g s", server.state.active_requests, shutdown_timeout)
+    last_resort = threading.Timer(shutdown_timeout + _HARD_EXIT_S, os._exit, (1,))
+    last_resort.daemon = True  # it ends with the process, and only then: what hangs may also hang in its teardown
+    last_resort.start()
     draining = asyncio.create_task(server.stop(shutdown_timeout))
     impatient = asyncio.create_task(stop_now.wait())
     await asyncio.wait({draining, impatient}, return_when=asyncio.FIRST_COMPLETED)
@@ -233,6 +267,8 @@ async def serve_until_signal(
         logger.warning("stopped at once with %d requests unfinished", server.state.active_requests)
         return STOPPED_AT_ONCE
     impatient.cancel()
+    if server.state.watch.faulted.is_set():
+        return ENGINE_FAULT
     if not draining.result():
         logger.warning("the time to finish requests ran out; the rest was aborted")
     return 0

@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 
 from fastllm.arg_parser import Version, parse_count, parse_seconds
 from fastllm.environment import defaults_from_environment
 from fastllm.server.answer_flags import add_answer_flags
 from fastllm.server.dialect import add_dialect_flags
-from fastllm.server.limits import Limits
+from fastllm.server.limits import Limits, flag_name, flags
 from fastllm.server.log_flags import add_log_flags
 from fastllm.server.network_flags import add_network_flags
 from fastllm.server.responses_store import RESPONSES_KEPT
-
-_LIMIT_FLAGS: dict[str, tuple[str, str]] = {
-    # field of Limits -> (metavar, help)
-    "max_waiting": ("N", "sequences that may wait beyond --max-num-seqs; more get 429 (default: 4 x, at least 64)"),
-    "max_waiting_time_s": ("SECONDS", "time a request may wait before it starts; then it gets 503 (default: no limit)"),
-    "max_body_bytes": ("BYTES", "largest request body; more gets 413"),
-    "max_n": ("N", "largest n of a request"),
-    "max_prompts": ("N", "most prompts in one completions call"),
-    "max_sequences": ("N", "most prompts * n in one call"),
-    "max_stop_strings": ("N", "most stop strings of a request"),
-    "max_tools": ("N", "most tools of a request"),
-    "max_schema_bytes": ("BYTES", "largest JSON schema, regex or grammar"),
-    "max_schema_nodes": ("N", "most values in a JSON schema"),
-    "max_schema_depth": ("N", "most levels of nesting in a JSON schema"),
-    "max_compile_time_s": ("SECONDS", "time to compile a JSON schema, regex or grammar; more gets 400"),
-    "body_timeout_s": ("SECONDS", "time for a client to send its body"),
-    "write_timeout_s": ("SECONDS", "time a client may leave a stream unread before it is dropped"),
-    "keepalive_timeout_s": ("SECONDS", "time an idle connection stays open"),
-}
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -59,6 +39,21 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="key that requests must carry; repeatable; FASTLLM_API_KEY adds one without showing it in `ps`",
     )
+    api.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="JSON file of hashed keys with tiers, rates, models, expiry (see `fastllm key`); SIGHUP reads it again",
+    )
+    api.add_argument(
+        "--allow-unauthenticated",
+        action="store_true",
+        help="do not warn when every machine that reaches the address may use the model",
+    )
+    api.add_argument(
+        "--share-prefix-cache",
+        action="store_true",
+        help="let requests of different keys reuse each other's cached prompts, which timing then shows to others",
+    )
     api.add_argument("--disable-console", dest="console", action="store_false", help="no page for browsers at /")
     api.add_argument("--response-role", default="assistant", metavar="ROLE", help="role of chat answers")
     add_dialect_flags(api)
@@ -70,11 +65,10 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="responses of /v1/responses kept in memory for previous_response_id; 0 keeps none",
     )
     limits = parser.add_argument_group("limits", "What one request, or all of them together, may ask for.")
-    defaults = {field.name: field.default for field in fields(Limits)}
-    for name, (metavar, text) in _LIMIT_FLAGS.items():
-        kind = parse_seconds if name.endswith("_s") else parse_count
-        flag = "--" + name.removesuffix("_s").replace("_", "-")
-        limits.add_argument(flag, dest=name, type=kind, default=defaults[name], metavar=metavar, help=text)
+    for limit in flags():
+        kind = parse_seconds if limit.name.endswith("_s") else parse_count
+        settings = {"metavar": limit.metadata["metavar"], "help": limit.metadata["help"]}
+        limits.add_argument(f"--{flag_name(limit)}", dest=limit.name, type=kind, default=limit.default, **settings)
     life = parser.add_argument_group("life")
     life.add_argument(
         "--shutdown-timeout",
@@ -113,7 +107,7 @@ def make_parser(prog: str, *, positional_model: bool) -> argparse.ArgumentParser
 
 
 def limits_from(args: argparse.Namespace) -> Limits:
-    return Limits(**{name: getattr(args, name) for name in _LIMIT_FLAGS})
+    return Limits(**{limit.name: getattr(args, limit.name) for limit in flags()})
 
 
 def _port(text: str) -> int:

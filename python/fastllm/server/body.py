@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
+from fastllm import _core
+from fastllm.server.call import current_call
 from fastllm.server.deadline import time_limit
 from fastllm.server.errors import ApiError, bad_request, from_decode_error
-from fastllm.server.state import STATE_KEY
+from fastllm.server.limits import Limits
+from fastllm.server.state import STATE_KEY, ServerState
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 # Naming unknown fields means reading the body twice; that is not worth it for long token lists.
 _NAME_FIELDS_BELOW = 64 << 10  # bytes
+# Larger bodies are scanned on a worker, without the interpreter's lock.
+_SCAN_INLINE = 256 << 10  # bytes
+_FREE_SECONDS = 5.0  # before the rate of a body counts
+_CHUNKS_A_TURN = 500  # of a body, between turns of others
+_FEW_FIELDS = 1000  # a body of more has no one to blame
+_SHAPES = (
+    "The request body is nested {found} levels deep or more; at most {limit} are accepted.",
+    "An object of the request body has {found} keys; at most {limit} are accepted.",
+    "An array of the request body has {found} elements; at most {limit} are accepted.",
+)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _raw_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -45,14 +60,68 @@ async def read_json(request: web.Request, kind: type[T]) -> T:
         raise _too_large(state.limits.max_body_bytes)
     try:
         async with time_limit(state.limits.body_timeout_s):
-            body = await request.read()
+            body = await _read(request, state.limits)
     except TimeoutError:
         raise ApiError(408, "The request body did not arrive in time.") from None
-    except web.HTTPRequestEntityTooLarge:
-        raise _too_large(state.limits.max_body_bytes) from None
     except web.RequestPayloadError:
         raise bad_request("The request body cannot be read: its framing is broken.", code="invalid_body") from None
+    current_call().body_bytes = len(body)
+    await _check_shape(body, state)
     return decode(body, kind, request)
+
+
+async def _read(request: web.Request, limits: Limits) -> bytes:
+    """The whole body, unless it grows too large, too slowly or in too many pieces."""
+    if not request.body_exists:  # aiohttp's empty body yields chunks without end
+        return b""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    parts: list[bytes] = []
+    size = chunks = 0
+    while True:
+        data, chunk_ended = await request.content.readchunk()
+        if not data and not chunk_ended:
+            return b"".join(parts)
+        parts.append(data)
+        size += len(data)
+        if size > limits.max_body_bytes:
+            raise _too_large(limits.max_body_bytes)
+        if chunk_ended:
+            chunks += 1
+            if chunks > limits.max_body_chunks:
+                raise ApiError(413, f"The request body comes in more than {limits.max_body_chunks} chunks.")
+            if chunks % _CHUNKS_A_TURN == 0:
+                await asyncio.sleep(0)
+        seconds = loop.time() - start
+        if seconds > _FREE_SECONDS and size < limits.min_body_rate * seconds:
+            raise TimeoutError
+
+
+async def _check_shape(body: bytes, state: ServerState) -> None:
+    """Depth and width of the JSON, before anything is built from it."""
+    limits = state.limits
+    if len(body) <= _SCAN_INLINE:
+        shape = _core.json_shape(body)
+    else:
+        shape = await asyncio.get_running_loop().run_in_executor(state.workers, _core.json_shape, body)
+    longest = max(limits.max_json_items, state.llm.model_config.max_model_len if state.loaded else 0)
+    for kind, (found, limit) in enumerate(
+        zip(shape, (limits.max_json_depth, limits.max_json_keys, longest), strict=True)
+    ):
+        if found > limit:
+            sentence = _SHAPES[kind].format(found=found, limit=limit)
+            where = asyncio.get_running_loop().run_in_executor(state.workers, _field_of, body, kind, found)
+            raise bad_request(sentence, await where, "invalid_json")
+
+
+def _field_of(body: bytes, kind: int, found: int) -> str | None:
+    """The top-level field in which that much of one kind of _SHAPES was found, if there is one."""
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        fields = _raw_object.decode(body)
+        for name, value in fields.items() if len(fields) < _FEW_FIELDS else ():
+            if _core.json_shape(bytes(value))[kind] == (found - 1 if kind == 0 else found):
+                return name[:64]
+    return None
 
 
 def _too_large(limit: int) -> ApiError:

@@ -4,32 +4,183 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import uuid
+from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
 from fastllm.server.errors import ApiError, from_http_exception, internal_error
+from fastllm.server.limits import Limits
 
 logger = logging.getLogger("fastllm.server")
 
+_READ_BYTES = 64 << 10  # from a socket at once
+
+
+def allow_open_files(count: int) -> None:
+    """Raises the process's own limit towards `count`; the usual one is far below what a server needs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < count:
+        logger.warning("this process may open %d files only; lower --max-connections, or raise ulimit -n", wanted)
+
+
+class Connections:
+    """The open connections of one server, and which of them may stay when there are too many. Event loop only."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._idle: dict[Connection, None] = {}  # in the order in which they fell idle
+        self._open: set[Connection] = set()
+        self._by_address: dict[str, set[Connection]] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, connection: Connection) -> bool:
+        """False if there is no room for it, not even after closing the longest idle one."""
+        address = connection.address
+        peers = self._by_address.setdefault(address, set())
+        per_address, in_all = self.limits.max_connections_per_address, self.limits.max_connections
+        if per_address and len(peers) >= per_address and not self._close_idle(peers):
+            return False
+        if in_all and len(self._open) >= in_all and not self._close_idle(self._open):
+            return False
+        self._open.add(connection)
+        peers.add(connection)
+        self._by_address[address] = peers
+        self._idle[connection] = None
+        return True
+
+    def _close_idle(self, among: set[Connection]) -> bool:
+        victim = next((one for one in self._idle if one in among), None)
+        if victim is None:
+            return False
+        self.remove(victim)
+        victim.force_close()
+        return True
+
+    def set_idle(self, connection: Connection, idle: bool) -> None:
+        self._idle.pop(connection, None)
+        if idle and connection in self._open:
+            self._idle[connection] = None
+
+    def remove(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        self._idle.pop(connection, None)
+        peers = self._by_address.get(connection.address)
+        if peers is not None:
+            peers.discard(connection)
+            if not peers:
+                del self._by_address[connection.address]
+
 
 class Connection(web.RequestHandler):
-    """aiohttp's protocol with our errors. Event loop only."""
+    """aiohttp's protocol with our errors and time limits. Event loop only.
 
-    __slots__ = ("_deadline",)
+        connect -- head --> request -- body --> answer -- idle --> next head ...
+           header_timeout     body_timeout       keepalive_timeout, and header_timeout from the first byte on
+    While an answer waits for its reader, write_timeout runs.
+    """
+
+    __slots__ = ("_connections", "_head_timer", "_in_request", "_unread", "_write_timer", "address")
+
+    def __init__(self, manager: web.Server, connections: Connections, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._connections = connections
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._in_request = False
+        self._unread = 0  # bytes in the write buffer when the timer was set
+        self.address = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        peer = transport.get_extra_info("peername")
+        self.address = str(peer[0]) if isinstance(peer, tuple) and peer else ""
+        # A flood of tiny chunks is parsed in portions that do not hold up the loop.
+        if hasattr(transport, "max_size"):
+            transport.max_size = _READ_BYTES
         super().connection_made(transport)
-        # aiohttp's own timer starts after the first answer.
-        self._deadline = asyncio.get_running_loop().call_later(self.keepalive_timeout, self.force_close)
+        if not self._connections.add(self):
+            error = ApiError(503, "The server has as many connections as it takes.", code="too_many_connections")
+            if isinstance(transport, asyncio.WriteTransport):
+                transport.write(_bare_response(error))
+            self.force_close()
+            return
+        self._expect_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._deadline.cancel()
+        self._connections.remove(self)
+        for timer in (self._head_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        self._head_timer = self._write_timer = None
         super().connection_lost(exc)
 
-    def request_came(self) -> None:
-        self._deadline.cancel()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # After an answer the client may stay silent for the keep-alive time, but not dawdle over a head.
+        if self._head_timer is None and not self._in_request:
+            self._expect_head()
+
+    def _expect_head(self) -> None:
+        limit = self._connections.limits.header_timeout_s
+        if limit:
+            self._head_timer = asyncio.get_running_loop().call_later(limit, self.force_close)
+
+    def request_began(self) -> None:
+        """Its head is complete."""
+        self._in_request = True
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        self._connections.set_idle(self, False)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Writes what the handler left to write; after that the connection is idle."""
+        try:
+            return await super().finish_response(request, resp, start_time)
+        finally:
+            self._in_request = False
+            self._connections.set_idle(self, True)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _watch_writing(self) -> None:
+        limit = self._connections.limits.write_timeout_s
+        if limit and self.transport is not None:
+            self._unread = self.transport.get_write_buffer_size()
+            self._write_timer = asyncio.get_running_loop().call_later(limit, self._check_writing)
+
+    def _check_writing(self) -> None:
+        """A slow reader is served on; one that took nothing in all this time is not."""
+        if self.transport is None:
+            return
+        if self.transport.get_write_buffer_size() >= self._unread:
+            self.transport.abort()
+        else:
+            self._watch_writing()
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """aiohttp's last resort. Reading the rest of a body after its client has gone is nobody's fault."""
+        if self.transport is None and isinstance(kw.get("exc_info"), RuntimeError):
+            logger.debug(*args, **kw)
+        else:
+            super().log_exception(*args, **kw)
 
     def handle_error(
         self,
@@ -61,23 +212,44 @@ def _not_http(status: int, exc: HttpProcessingError) -> ApiError:
     return ApiError(status, f"The request is not valid HTTP: {reason}.", code="invalid_http")
 
 
+def _bare_response(error: ApiError) -> bytes:
+    """For a connection that gets no handler."""
+    body = error.payload()
+    head = (
+        f"HTTP/1.1 {error.status} Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\n"
+        f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nX-Request-Id: {uuid.uuid4().hex}\r\nServer: fastllm\r\n"
+        "Connection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
 class _Server(web.Server):
+    def __init__(self, handler: Any, connections: Connections, **options: Any) -> None:
+        super().__init__(handler, **options)
+        self._limited = connections
+
     def __call__(self) -> Connection:
-        return Connection(self, loop=self._loop, **self._kwargs)
+        return Connection(self, self._limited, loop=self._loop, **self._kwargs)
 
 
 class Runner(web.AppRunner):
-    """An AppRunner whose connections are ours, so that every answer is JSON."""
+    """An AppRunner whose connections are ours: limited, and answered in JSON whatever they send."""
+
+    def __init__(self, app: web.Application, limits: Limits, **options: Any) -> None:
+        super().__init__(app, **options)
+        self.open_connections = Connections(limits)
 
     async def _make_server(self) -> _Server:
         plain = await super()._make_server()
 
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
-            if isinstance(request.protocol, Connection):
-                request.protocol.request_came()
+            connection = request.protocol
+            if not isinstance(connection, Connection):
+                return await plain.request_handler(request)
+            connection.request_began()
             try:
                 return await plain.request_handler(request)
             except web.HTTPException as exc:  # raised before the middleware: an unknown Expect header
                 return from_http_exception(exc, request)
 
-        return _Server(handle, request_factory=plain.request_factory, **self._kwargs)
+        return _Server(handle, self.open_connections, request_factory=plain.request_factory, **self._kwargs)

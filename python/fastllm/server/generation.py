@@ -12,7 +12,10 @@ from fastllm.errors import RequestError
 from fastllm.grammar.compiler import CompiledGrammar
 from fastllm.outputs import RequestOutput
 from fastllm.sampling import SamplingParams
+from fastllm.server import admission
 from fastllm.server.body import field_names
+from fastllm.server.call import current_call
+from fastllm.server.cost import Cost, cost_of, total
 from fastllm.server.errors import ENGINE_ERROR_STATUS, ApiError, from_value_error
 from fastllm.server.protocol import CommonRequest, CompletionTokensDetails, PromptTokensDetails, Usage
 from fastllm.server.state import Phase, ServerState
@@ -54,32 +57,68 @@ def from_engine_error(state: ServerState, request: CommonRequest, exc: RequestEr
     return ApiError(status, str(exc), code=code, retry_after=retry)
 
 
+def _cost(state: ServerState, job: Job) -> Cost:
+    config = state.llm.engine_config
+    return cost_of(
+        job,
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+        vocab=state.llm.model_config.vocab_size,
+        masked=job.grammar is not None,
+    )
+
+
 async def _one(
     state: ServerState, job: Job, request_id: str, request: CommonRequest
 ) -> AsyncGenerator[RequestOutput, None]:
-    finished = False
+    """One prompt: its turn in the queue, then its outputs, until the last one or the time limit."""
+    client, limits = current_call().client, state.limits
     await state.batch_window.gather(state.llm.stats)
     if state.request_log is not None:
         state.request_log.received(request_id, job, state.llm.tokenizer)
     # The engine's id is our own: two clients may send the same X-Request-Id at once.
-    outputs = state.llm.generate(
-        job.prompt_ids,
-        job.params,
-        f"{request_id}-{next(_serial)}",
-        priority=request.priority or 0,
-        cache_salt=request.cache_salt or "",
-        queue_timeout=state.limits.max_waiting_time_s,
-        mask=None if job.grammar is None else job.grammar.mask(),
-    )
+    engine_id = f"{request_id}-{next(_serial)}"
+    finished = expired = False
+
+    def expire() -> None:
+        nonlocal expired
+        expired = True
+        asyncio.ensure_future(state.llm.abort(engine_id))
+
+    limit = limits.max_request_time_s
+    timer = asyncio.get_running_loop().call_later(limit, expire) if limit else None
     try:
-        async with aclosing(outputs):
-            async for output in outputs:
-                finished = output.finished
-                yield output
+        async with state.gate.turn(client, _cost(state, job), request.priority or 0, limits.max_waiting_time_s) as turn:
+            client.use_tokens(len(job.prompt_ids))
+            outputs = state.llm.generate(
+                job.prompt_ids,
+                job.params,
+                engine_id,
+                priority=request.priority or 0,
+                cache_salt=state.cache_salt(client, request.cache_salt),
+                queue_timeout=max(0.001, limits.max_waiting_time_s - turn.waited_s)
+                if limits.max_waiting_time_s
+                else None,
+                mask=None if job.grammar is None else job.grammar.mask(),
+            )
+            async with aclosing(outputs):
+                async for output in outputs:
+                    new = sum(len(sample.token_ids) for sample in output.outputs)
+                    turn.generated += new
+                    client.use_tokens(new)
+                    finished = output.finished
+                    if finished and expired:
+                        raise ApiError(504, f"The request took longer than {limit:g} s.", code="request_timeout")
+                    yield output
     except RequestError as exc:
         finished = True
         raise from_engine_error(state, request, exc) from None
+    except ApiError:
+        finished = True
+        raise
     finally:
+        if timer is not None:
+            timer.cancel()
         if not finished and state.metrics is not None:
             state.metrics.aborted()
 
@@ -88,6 +127,7 @@ async def run(
     state: ServerState, jobs: list[Job], request_id: str, request: CommonRequest
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """(prompt number, update) until every prompt is finished; closing it aborts what still runs."""
+    admission.check_cost(state, total(_cost(state, job) for job in jobs))
     if len(jobs) == 1:
         async with aclosing(_one(state, jobs[0], request_id, request)) as outputs:
             async for output in outputs:

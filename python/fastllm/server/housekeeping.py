@@ -62,7 +62,7 @@ class Housekeeping:
 
     def _line(self, figures: WindowFigures) -> str:
         stats = self._state.llm.stats()
-        waiting = stats.num_waiting + stats.num_swapped
+        waiting = stats.num_waiting + stats.num_swapped + self._state.gate.waiting_sequences
         usage = stats.used_blocks / stats.total_blocks if stats.total_blocks else 0.0
         why = f" for {stats.wait_reason}" if stats.wait_reason else ""
         return (

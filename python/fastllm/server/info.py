@@ -13,6 +13,7 @@ from aiohttp import web
 
 from fastllm.server import admission
 from fastllm.server.body import read_json
+from fastllm.server.call import current_call
 from fastllm.server.errors import ApiError, bad_request
 from fastllm.server.metrics import CONTENT_TYPE
 from fastllm.server.prompts import encode_messages, encode_text
@@ -27,6 +28,7 @@ from fastllm.server.protocol import (
 )
 from fastllm.server.state import STATE_KEY, Phase, ServerState
 from fastllm.server.stats import describe
+from fastllm.server.watch import EngineStatus, engine_status
 
 T = TypeVar("T")
 
@@ -49,7 +51,8 @@ def _card(state: ServerState, name: str) -> ModelCard:
 
 async def models(request: web.Request) -> web.Response:
     state = request.app[STATE_KEY]
-    return _json(ModelList([_card(state, name) for name in state.model_names]))
+    client = current_call().client
+    return _json(ModelList([_card(state, name) for name in state.model_names if client.may_use(name)]))
 
 
 async def model(request: web.Request) -> web.Response:
@@ -65,12 +68,20 @@ async def live(request: web.Request) -> web.Response:
 
 
 async def health(request: web.Request) -> web.Response:
+    """The engine makes progress, or has nothing to do."""
     state = request.app[STATE_KEY]
     if not state.loaded:
         return _json({"status": "starting"}, 503, {"Retry-After": "5"})
-    if not state.llm.healthy:
-        return _json({"status": "unhealthy"}, 503)
-    return _json({"status": "ok"})
+    return _unhealthy(state) or _json({"status": "ok"})
+
+
+def _unhealthy(state: ServerState) -> web.Response | None:
+    status = engine_status(state.llm, state.limits.step_limit(state.llm.engine_config.device))
+    if state.watch.status is not EngineStatus.OK:
+        status = state.watch.status  # what was seen first
+    if status is EngineStatus.OK:
+        return None
+    return _json({"status": status.value, "since_s": round(state.llm.heartbeat().age_s, 3)}, 503)
 
 
 async def ready(request: web.Request) -> web.Response:
@@ -78,9 +89,9 @@ async def ready(request: web.Request) -> web.Response:
     state = request.app[STATE_KEY]
     if state.phase is not Phase.READY:
         return _json({"status": state.phase.value}, 503, {"Retry-After": "5"})
-    if not state.llm.healthy:
-        return _json({"status": "unhealthy"}, 503)
-    return _json({"status": "ready"})
+    if state.watch.saturated:
+        return _json({"status": "queue_full"}, 503, {"Retry-After": "1"})
+    return _unhealthy(state) or _json({"status": "ready"})
 
 
 async def metrics(request: web.Request) -> web.Response:
@@ -93,7 +104,11 @@ async def metrics(request: web.Request) -> web.Response:
 async def version(request: web.Request) -> web.Response:
     from fastllm import __version__
 
-    return _json({"version": __version__})
+    answer: dict[str, Any] = {"version": __version__}
+    if request.query.get("verbose", "false").lower() not in ("false", "0"):
+        state = request.app[STATE_KEY]
+        answer["limits"] = state.limits_in_force()
+    return _json(answer)
 
 
 async def load(request: web.Request) -> web.Response:

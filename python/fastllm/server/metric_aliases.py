@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 
 
 def write_aliases(
-    page: Page, stats: _core.EngineStats, figures: WindowFigures, queue_time: Histogram, params_n: Histogram
+    page: Page,
+    stats: _core.EngineStats,
+    queued: int,  # sequences that wait outside the engine
+    figures: WindowFigures,
+    queue_time: Histogram,
+    params_n: Histogram,
 ) -> None:
-    waiting = stats.num_waiting + stats.num_swapped
+    waiting = queued + stats.num_waiting + stats.num_swapped
     usage = stats.used_blocks / stats.total_blocks if stats.total_blocks else 0.0
     hit_rate = stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0
     for name, help, value in (

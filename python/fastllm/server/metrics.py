@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 FINISHED_REASONS = ("stop", "length", "abort", "error", "repetition")
-REJECTION_REASONS = ("max_num_queued_reqs", "max_num_queued_tokens")
+REJECTION_REASONS = ("max_num_queued_reqs", "max_num_queued_tokens", "queue_time")
 _CACHE_SOURCES = ("device", "host", "p2p", "disk", "external_unspecified")
 _SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 
@@ -34,6 +35,7 @@ class Metrics:
     def __init__(self, llm: AsyncLLM, http: HttpMetrics | None = None, *, aliases: bool = False) -> None:
         """aliases: the names of older guides and dashboards, too."""
         self._llm = llm
+        self.queued: Callable[[], int] = lambda: 0  # sequences that wait outside the engine
         self._http = http or HttpMetrics()
         self._aliases = aliases
         self._name = llm.model_config.served_model_names[0]
@@ -121,7 +123,7 @@ class Metrics:
         self._write_own(page, stats)
         if self._aliases:
             queue_time, params_n = (self._histograms[n] for n in ("request_queue_time_seconds", "request_params_n"))
-            write_aliases(page, stats, self._window.figures, queue_time, params_n)
+            write_aliases(page, stats, self.queued(), self._window.figures, queue_time, params_n)
         server = Page((), self._created)
         rejections = [((("model_name", self._name), ("reason", r)), n) for r, n in self._rejections.items()]
         server.counters("vllm:admission_rejections", "Requests refused before they ran.", rejections)
@@ -131,8 +133,9 @@ class Metrics:
 
     def _write_gauges(self, page: Page, stats: _core.EngineStats) -> None:
         page.gauge("vllm:num_requests_running", "Sequences that run.", stats.num_running)
-        page.gauge("vllm:num_requests_waiting", "Sequences that wait.", stats.num_waiting + stats.num_swapped)
-        by_reason = {"capacity": stats.num_waiting, "deferred": stats.num_swapped}
+        unstarted = stats.num_waiting + self.queued()
+        page.gauge("vllm:num_requests_waiting", "Sequences that wait.", unstarted + stats.num_swapped)
+        by_reason = {"capacity": unstarted, "deferred": stats.num_swapped}
         page.gauges("vllm:num_requests_waiting_by_reason", "Sequences that wait, by reason.", _by("reason", by_reason))
         usage = stats.used_blocks / stats.total_blocks if stats.total_blocks else 0.0
         page.gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usage)

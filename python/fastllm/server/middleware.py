@@ -7,13 +7,17 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 
 from aiohttp import web
 
+from fastllm.server import admission
+from fastllm.server.call import begin_call
 from fastllm.server.errors import ApiError, api_error, from_http_exception, internal_error
+from fastllm.server.hosts import check_host
 from fastllm.server.json_log import ACCESS_LOGGER, escape
-from fastllm.server.state import STATE_KEY, ServerState
+from fastllm.server.state import STATE_KEY, Phase, ServerState
 
 access_log = logging.getLogger(ACCESS_LOGGER)
 refusal_log = logging.getLogger("fastllm.refused")
@@ -52,8 +56,13 @@ async def outermost(request: web.Request, handler: Handler) -> web.StreamRespons
     error: ApiError | None = None
     try:
         try:
-            state.keys.check(request)
-            response = await handler(request)
+            if state.phase is Phase.DRAINING and request.method == "POST":
+                admission.check_open(state)
+            check_host(state, request)
+            client = state.keys.client_of(request)
+            begin_call(client)
+            with client.serving() if request.method == "POST" else nullcontext():
+                response = await handler(request)
         except ApiError as exc:
             error, response = exc, exc.response(path=request.path)
         except web.HTTPException as exc:

@@ -8,9 +8,11 @@ import logging
 import os
 import ssl
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastllm.environment import without_effect
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "fastllm serve", posi
     """Serves until SIGTERM or Ctrl-C.
 
     Returns 0 after a clean stop, 2 for a model that cannot be loaded, 1 for other faults.
+    A failed or hung engine ends the process with 70, a second signal with 130.
     """
     try:
         parser = make_parser(prog, positional_model=positional_model)
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "fastllm serve", posi
 def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from fastllm.engine_args import EngineArgs
     from fastllm.errors import BAD_MODEL, FastllmError, LoadError
-    from fastllm.server.app import STOPPED_AT_ONCE, Server
+    from fastllm.server.app import ENGINE_FAULT, STOPPED_AT_ONCE, Server
     from fastllm.server.cors import Cors
     from fastllm.server.housekeeping import Housekeeping
     from fastllm.server.json_log import Logs
@@ -108,7 +111,7 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         status = 1
     finally:
         logs.close()
-    if status == STOPPED_AT_ONCE or (server is not None and server.loading):
+    if status in (STOPPED_AT_ONCE, ENGINE_FAULT) or (server is not None and server.loading):
         # Threads that still work sit in native code and must not meet an interpreter that is being torn down.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -123,6 +126,9 @@ def _state(args: argparse.Namespace) -> ServerState:
     return ServerState(
         limits=limits_from(args),
         api_keys=[*args.api_key, os.environ.get("FASTLLM_API_KEY", ""), os.environ.get("VLLM_API_KEY", "")],
+        api_key_file=Path(args.api_key_file) if args.api_key_file else None,
+        share_prefix_cache=args.share_prefix_cache,
+        loopback_only=bool(args.uds) or args.host in _LOOPBACK,
         response_role=args.response_role,
         log_requests=not args.disable_uvicorn_access_log,
         quiet_paths=frozenset(path.strip() for path in args.disable_access_log_for_endpoints.split(",")),
@@ -151,8 +157,11 @@ async def _serve(args: argparse.Namespace, state: ServerState, server: Server, c
         nonlocal address
         address = f"unix:{args.uds}" if args.uds else f"{scheme}://{host}:{port}"
         say(f"fastllm {_version()}: loading {args.model}; listening on {address}")
-        if not args.uds and args.host not in _LOOPBACK and not state.keys:
-            say("warning: everybody who reaches this address may use the model; --api-key closes it")
+        if not args.uds and args.host not in _LOOPBACK and not state.keys and not args.allow_unauthenticated:
+            say(
+                "warning: everybody who reaches this address may use the model; --api-key or --api-key-file closes it, "
+                "--allow-unauthenticated says that this is meant"
+            )
         ignored = without_effect()
         if ignored:
             say(f"variables without effect here: {', '.join(ignored)}")
@@ -180,6 +189,7 @@ def describe(llm: AsyncLLM, state: ServerState) -> list[str]:
     model, engine = llm.model_config, llm.engine_config
     blocks = llm.stats().total_blocks
     tokens = blocks * engine.block_size
+    limits = state.limits_in_force().items()
     defaults = ", ".join(f"{name}={value}" for name, value in sorted(model.generation_config.items()))
     return [
         f"model: {model.model} ({model.dtype}) as {', '.join(model.served_model_names)}",
@@ -187,6 +197,13 @@ def describe(llm: AsyncLLM, state: ServerState) -> list[str]:
         f"{tokens / model.max_model_len:.1f} full contexts",
         f"limits: {engine.max_num_seqs} sequences run, {state.limits.waiting_limit(engine.max_num_seqs)} wait, "
         f"{engine.max_step_tokens} tokens a step, bodies up to {state.limits.max_body_bytes} bytes",
+        *textwrap.wrap(
+            ", ".join(f"{name}={value:.15g}" for name, value in limits),
+            width=116,
+            initial_indent="  ",
+            subsequent_indent="  ",
+            break_on_hyphens=False,
+        ),
         f"sampling defaults: {defaults or 'none from the model'}",
     ]
 

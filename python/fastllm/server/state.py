@@ -8,19 +8,23 @@ import logging
 import time
 from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from fastllm.server.auth import ApiKeys
 from fastllm.server.batch_window import BatchWindow
+from fastllm.server.client import Client
 from fastllm.server.dialect import Dialect, choose_dialect
 from fastllm.server.errors import ApiError
+from fastllm.server.gate import Gate
 from fastllm.server.http_metrics import HttpMetrics
 from fastllm.server.limits import Limits
 from fastllm.server.metrics import Metrics
 from fastllm.server.request_log import RequestLog
 from fastllm.server.responses_store import RESPONSES_KEPT, ResponseStore
+from fastllm.server.watch import Watch
 
 if TYPE_CHECKING:
     from fastllm.async_llm import AsyncLLM
@@ -43,8 +47,11 @@ class ServerState:
         *,
         limits: Limits | None = None,
         api_keys: Sequence[str] = (),
+        api_key_file: Path | None = None,
         response_role: str = "assistant",
         log_requests: bool = True,
+        share_prefix_cache: bool = False,
+        loopback_only: bool = False,
         quiet_paths: Container[str] = QUIET_PATHS,
         request_log: RequestLog | None = None,
         metric_aliases: bool = False,
@@ -58,9 +65,11 @@ class ServerState:
     ) -> None:
         """log_requests: a line per answered request, except for `quiet_paths`; refused ones always have one."""
         self.limits = limits or Limits()
-        self.keys = ApiKeys(api_keys)
+        self.keys = ApiKeys(api_keys, api_key_file)
         self.response_role = response_role
         self.log_requests = log_requests
+        self.loopback_only = loopback_only  # no other machine reaches the socket
+        self._share_prefix_cache = share_prefix_cache
         self.quiet_paths = quiet_paths
         self.request_log = request_log
         self.force_include_usage = force_include_usage
@@ -74,6 +83,8 @@ class ServerState:
         self.created = int(time.time())
         self.http = HttpMetrics()
         self.metrics: Metrics | None = None
+        self.gate = Gate()
+        self.watch = Watch(self)
         self._metric_aliases = metric_aliases
         # Two threads: templates and long prompts never wait for the loop, and never take more than they need of it.
         self.workers = ThreadPoolExecutor(max_workers=text_threads, thread_name_prefix="fastllm-text")
@@ -95,6 +106,9 @@ class ServerState:
         self.metrics = Metrics(llm, self.http, aliases=self._metric_aliases)
         if llm.tokenizer.chat_template is not None:
             self.workers.submit(llm.tokenizer.templates.warm)  # or the first chat would wait for a process to start
+        self.metrics.queued = lambda: self.gate.waiting_sequences
+        config = llm.engine_config
+        self.gate.open(config.max_num_seqs, by_priority=config.policy == "priority")
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
 
@@ -119,6 +133,11 @@ class ServerState:
         return self._llm
 
     @property
+    def queue_full(self) -> bool:
+        config = self.llm.engine_config
+        return self.active_sequences >= config.max_num_seqs + self.limits.waiting_limit(config.max_num_seqs)
+
+    @property
     def loaded(self) -> bool:
         return self._llm is not None
 
@@ -126,6 +145,15 @@ class ServerState:
     def model_names(self) -> list[str]:
         config = self.llm.model_config
         return list(config.served_model_names)
+
+    def cache_salt(self, client: Client, given: str | None) -> str:
+        """Clients share cached prefixes only where they were told to: timing would tell one of the other's prompts."""
+        salt = given or ""
+        return salt if self._share_prefix_cache or not client.name else f"{client.name}\0{salt}"
+
+    def limits_in_force(self) -> dict[str, int | float]:
+        config = self.llm.engine_config
+        return self.limits.in_force(config.max_num_seqs, config.max_model_len, config.device)
 
     @property
     def fingerprint(self) -> str:

@@ -41,6 +41,11 @@ def describe(state: ServerState) -> dict[str, Any]:
         "load_progress": state.load_progress,
         "active_requests": state.active_requests,
         "active_sequences": state.active_sequences,
+        "queued_sequences": state.gate.waiting_sequences,
+        "queued_tokens": state.gate.waiting_tokens,
+        "loop_lag_s": round(state.watch.loop_lag_s, 4),
+        "max_loop_lag_s": round(state.watch.max_loop_lag_s, 4),
+        "max_loop_work_s": round(state.watch.max_loop_work_s, 4),
     }
     return server | (_describe_engine(state) if state.loaded else {"engine": None})
 
