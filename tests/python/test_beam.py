@@ -27,6 +27,17 @@ def tokens_of(outputs: Sequence[BeamSearchOutput]) -> list[list[list[int]]]:
     return [[s.tokens for s in output.sequences] for output in outputs]
 
 
+def save_small_model(folder: Path, **ids: Any) -> None:
+    """A tiny llama of ids["vocab_size"] ids, with a tokenizer that has a letter for each."""
+    from tokenizers import Tokenizer, models
+
+    family, fields = FAMILIES["llama"]
+    save_tiny_model((family, fields | ids), folder)
+    letters = {chr(ord("A") + i): i for i in range(ids["vocab_size"])}
+    Tokenizer(models.WordLevel(letters, unk_token="A")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")
+
+
 # num_beams, length_penalty, early_stopping, num_return_sequences
 SEARCHES = [
     (4, 1.0, False, 4),
@@ -44,9 +55,7 @@ def eager_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny fp32 model of 40 ids with two that end: often enough that searches end early."""
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("eager_end")
-    family, fields = FAMILIES["llama"]
-    ids = {"vocab_size": 40, "pad_token_id": 36, "bos_token_id": 37, "eos_token_id": [38, 39]}
-    save_tiny_model((family, fields | ids), folder)
+    save_small_model(folder, vocab_size=40, pad_token_id=36, bos_token_id=37, eos_token_id=[38, 39])
     return folder
 
 
@@ -131,9 +140,7 @@ def test_a_wide_search_finds_what_brute_force_finds(
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     vocab, end, steps, width = 8, 7, 3, 64
-    family, fields = FAMILIES["llama"]
-    tiny = fields | {"vocab_size": vocab, "bos_token_id": 5, "eos_token_id": end, "pad_token_id": 6}
-    save_tiny_model((family, tiny), tmp_path)
+    save_small_model(tmp_path, vocab_size=vocab, bos_token_id=5, eos_token_id=end, pad_token_id=6)
     prompt = random_prompts(seed, [9], end)[0]
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
