@@ -19,6 +19,7 @@ def delta(core_id: int, index: int, text: str, **fields: Any) -> Any:
             "finish": None,
             "stop_token": None,
             "cached_tokens": 0,
+            "num_preemptions": 0,
             "error": "",
             "error_kind": None,
             "times": (1.0, 2.0, 3.0, 0.0),

@@ -204,7 +204,7 @@ def _stored(name: str, size: int) -> StoredResponse:
     response = ResponseObject(
         id=name, created_at=0, model="m", status="completed", store=True, temperature=1, text=TextConfig(), top_p=1
     )
-    return StoredResponse(b"me", response, [], [], size)
+    return StoredResponse("me", response, [], [], size)
 
 
 def test_store_drops_the_oldest_beyond_its_number_and_its_bytes() -> None:
@@ -212,7 +212,7 @@ def test_store_drops_the_oldest_beyond_its_number_and_its_bytes() -> None:
     for name in "abcd":
         store.add(_stored(name, 10))
     with pytest.raises(ApiError):
-        store.get("a", b"me")
+        store.get("a", "me")
     store.add(_stored("b", 20))  # grown: now the youngest
     store.add(_stored("e", 75))
     assert [name for name in "abcde" if name in store._entries] == ["b", "e"]

@@ -140,7 +140,14 @@ class _Batch:
         from fastllm.server.state import ServerState
 
         # Nobody else is there to be protected from: what a file asks for waits for its turn.
-        limits = Limits(max_body_bytes=MAX_LINE_BYTES, max_waiting=1 << 30)
+        limits = Limits(
+            max_body_bytes=MAX_LINE_BYTES,
+            max_waiting=1 << 30,
+            max_waiting_tokens=1 << 50,
+            max_waiting_time_s=0,
+            max_request_time_s=0,
+            max_connections_per_address=0,
+        )
         state = ServerState(
             limits=limits, log_requests=False, response_role=self._args.response_role, responses_store=0
         )

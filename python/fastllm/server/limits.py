@@ -36,9 +36,7 @@ class Limits:
     max_schema_bytes: int = _limit(64 << 10, "BYTES", "largest JSON schema, regex or grammar")
     max_schema_nodes: int = _limit(5000, "N", "most values in a JSON schema")
     max_schema_depth: int = _limit(64, "N", "most levels of nesting in a JSON schema")
-    max_compile_time_s: float = _limit(
-        1.0, "SECONDS", "time to compile a JSON schema, regex or grammar; more gets 400"
-    )
+    max_compile_time_s: float = _limit(1.0, "SECONDS", "time to compile a JSON schema, regex or grammar; more gets 400")
     max_logprob_cells: int = _limit(
         2_000_000, "N", "most log-probabilities one call may ask for: positions times alternatives"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 import uuid
 from contextlib import AsyncExitStack, aclosing
@@ -17,6 +16,7 @@ from fastllm.outputs import CompletionOutput, RequestOutput
 from fastllm.server import admission
 from fastllm.server.answer_form import AnswerForm
 from fastllm.server.body import read_json
+from fastllm.server.call import current_call
 from fastllm.server.conversation import admitted, check_parts, named, prompt, tell
 from fastllm.server.errors import bad_request
 from fastllm.server.generation import Job, UsageCounter, collect, first_then_rest, run
@@ -54,7 +54,7 @@ async def create(request: web.Request) -> web.StreamResponse:
         with named(NAMES):
             chat = to_chat(body, conversation)
             job, answer = await stack.enter_async_context(admitted(state, chat))
-            call = _Call(state, body, chat, job, answer, conversation, _owner(request))
+            call = _Call(state, body, chat, job, answer, conversation, current_call().client.name)
             if body.background:
                 return _json(call.start(stack.pop_all()))
             if body.stream:
@@ -72,7 +72,7 @@ async def _read(request: web.Request) -> tuple[ServerState, ResponsesRequest, li
         check_parts(body.input, state.limits, "input")
     earlier: list[ChatMessage] = []
     if body.previous_response_id is not None:
-        entry = state.responses.get(body.previous_response_id, _owner(request), "previous_response_id")
+        entry = state.responses.get(body.previous_response_id, current_call().client.name, "previous_response_id")
         if entry.task is not None:
             raise bad_request("The previous response is still in progress.", "previous_response_id")
         earlier = entry.conversation
@@ -98,7 +98,7 @@ async def retrieve(request: web.Request) -> web.Response:
 
 async def delete(request: web.Request) -> web.Response:
     id = request.match_info["id"]
-    request.app[STATE_KEY].responses.delete(id, _owner(request))
+    request.app[STATE_KEY].responses.delete(id, current_call().client.name)
     return _json(DeletedResponse(id))
 
 
@@ -132,13 +132,7 @@ async def input_items(request: web.Request) -> web.Response:
 
 
 def _stored(request: web.Request) -> StoredResponse:
-    return request.app[STATE_KEY].responses.get(request.match_info["id"], _owner(request))
-
-
-def _owner(request: web.Request) -> bytes:
-    """Who sends this request, by the key it carries."""
-    carried = (request.headers.get("Authorization"), request.headers.get("X-Api-Key"))
-    return hashlib.sha256(repr(carried).encode()).digest()
+    return request.app[STATE_KEY].responses.get(request.match_info["id"], current_call().client.name)
 
 
 def _json(value: Any) -> web.Response:
@@ -156,7 +150,7 @@ class _Call:
         job: Job,
         answer: AnswerForm,
         conversation: list[ChatMessage],
-        owner: bytes,
+        owner: str,
     ) -> None:
         self.state = state
         self.chat = chat

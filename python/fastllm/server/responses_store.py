@@ -18,7 +18,7 @@ _MESSAGE_BYTES = 512  # what a message or a part takes beside its text
 
 @dataclass
 class StoredResponse:
-    owner: bytes  # digest of the API key
+    owner: str  # the client's name
     response: ResponseObject
     conversation: list[ChatMessage]  # without the instructions; the answer joins it at the end
     items: list[dict[str, Any]]  # the input of this response
@@ -65,7 +65,7 @@ class ResponseStore:
                 break
             self._drop(id)
 
-    def get(self, id: str, owner: bytes, param: str | None = None) -> StoredResponse:
+    def get(self, id: str, owner: str, param: str | None = None) -> StoredResponse:
         """Raises a 404, for the responses of other keys too."""
         entry = self._entries.get(id)
         if entry is None or entry.owner != owner:
@@ -73,7 +73,7 @@ class ResponseStore:
             raise ApiError(404, f"There is no response {id[:80]!r}; {kept}.", param=param, code="response_not_found")
         return entry
 
-    def delete(self, id: str, owner: bytes) -> None:
+    def delete(self, id: str, owner: str) -> None:
         """Ends it first if it still runs."""
         entry = self.get(id, owner)
         if entry.task is not None:
