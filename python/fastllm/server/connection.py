@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import socket
+import struct
 import uuid
 from typing import Any
 
@@ -16,6 +18,7 @@ from fastllm.server.limits import Limits
 
 logger = logging.getLogger("fastllm.server")
 
+_BYTES_ACKED = 120  # offset of tcpi_bytes_acked in Linux's struct tcp_info
 _READ_BYTES = 64 << 10  # from a socket at once
 
 
@@ -87,7 +90,7 @@ class Connection(web.RequestHandler):
     While an answer waits for its reader, write_timeout runs.
     """
 
-    __slots__ = ("_connections", "_head_timer", "_in_request", "_unread", "_write_timer", "address")
+    __slots__ = ("_connections", "_head_timer", "_in_request", "_progress", "_write_timer", "address")
 
     def __init__(self, manager: web.Server, connections: Connections, **options: Any) -> None:
         super().__init__(manager, **options)
@@ -95,7 +98,7 @@ class Connection(web.RequestHandler):
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._in_request = False
-        self._unread = 0  # bytes in the write buffer when the timer was set
+        self._progress = 0  # what the client had taken when the timer was set
         self.address = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -163,14 +166,14 @@ class Connection(web.RequestHandler):
     def _watch_writing(self) -> None:
         limit = self._connections.limits.write_timeout_s
         if limit and self.transport is not None:
-            self._unread = self.transport.get_write_buffer_size()
+            self._progress = _taken(self.transport)
             self._write_timer = asyncio.get_running_loop().call_later(limit, self._check_writing)
 
     def _check_writing(self) -> None:
         """A slow reader is served on; one that took nothing in all this time is not."""
         if self.transport is None:
             return
-        if self.transport.get_write_buffer_size() >= self._unread:
+        if _taken(self.transport) <= self._progress:
             self.transport.abort()
         else:
             self._watch_writing()
@@ -210,6 +213,15 @@ def _not_http(status: int, exc: HttpProcessingError) -> ApiError:
     # The parser's sentence goes on with the offending bytes; its first line is enough.
     reason = exc.message.partition("\n")[0].rstrip(":.")[:80]
     return ApiError(status, f"The request is not valid HTTP: {reason}.", code="invalid_http")
+
+
+def _taken(transport: asyncio.Transport) -> int:
+    """Grows when the client takes bytes: those its TCP acknowledged, or where nobody counts, fewer that wait."""
+    try:
+        info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        return int(struct.unpack_from("=Q", info, _BYTES_ACKED)[0])
+    except (AttributeError, OSError, struct.error):
+        return -transport.get_write_buffer_size()
 
 
 def _bare_response(error: ApiError) -> bytes:
