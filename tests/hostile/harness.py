@@ -26,6 +26,7 @@ from server_fixtures import ServerProcess, wait_until
 REPEATS = 20
 STREAMS = 8
 ANSWER_WITHIN_S = 1.0  # after the last byte was sent
+SPARE_THREADS = 5  # of the pools for texts and grammars, whose further workers start when several are needed at once
 LOOP_LAG_S = 0.25  # of the loop's own work, in a row
 CANARY = "canary-7f3a"  # in the prompts of the streams
 LEAKS = (b"Traceback", b"site-packages", b"/home", b'.py"', b"0x7f", CANARY.encode())
@@ -68,13 +69,14 @@ class Target:
         self._connection: http.client.HTTPConnection | None = None
         self._golden = [self._tokens_of(i) for i in range(STREAMS)]
         self._run(self._streams())  # every thread that serving takes is there from now on
+        self.ask("POST", COMPLETIONS, {"prompt": "a", "max_tokens": 1, "response_format": {"type": "json_object"}})
         for size in (5000, 1 << 20, 1 << 20):  # memory that large bodies take once stays with the process
             self.ask("POST", COMPLETIONS, {"prompt": " " * size, "max_tokens": 1})
             self.ask("POST", COMPLETIONS, {"prompt": ["a"] * (size // 5), "max_tokens": 1})
             self.ask("POST", COMPLETIONS, {"prompt": [[1]] * (size // 5), "max_tokens": 1})
         self.close_connection()
         self.wait_idle()
-        self.threads = self._threads() + 1  # the second worker for texts starts when it is first needed
+        self.threads = self._threads() + SPARE_THREADS
         self.files = self._files()
         self.rss = self._rss()
 

@@ -43,8 +43,9 @@ def test_missing_max_tokens_means_the_rest_of_the_context(server: RunningServer)
     assert body["usage"]["total_tokens"] == CONTEXT and body["choices"][0]["finish_reason"] == "length"
 
 
-def test_max_completion_tokens_wins_over_max_tokens(server: RunningServer) -> None:
-    usage = server.chat(max_tokens=9, max_completion_tokens=3, ignore_eos=True).json["usage"]
+def test_max_completion_tokens_is_another_name_of_max_tokens(server: RunningServer) -> None:
+    assert server.chat(max_tokens=9, max_completion_tokens=3).status == 400
+    usage = server.chat(max_tokens=3, max_completion_tokens=3, ignore_eos=True).json["usage"]
     assert usage["completion_tokens"] == 3
 
 

@@ -206,6 +206,9 @@ def _check_chat(request: ChatRequest, limits: Limits) -> None:
         raise bad_request("echo is only supported by /v1/completions.", "echo", "unsupported_parameter")
     if request.top_logprobs is not None and request.top_logprobs and not request.logprobs:
         raise bad_request("When using top_logprobs, logprobs must be set to true.", "top_logprobs")
+    both = request.max_tokens is not None and request.max_completion_tokens is not None
+    if both and request.max_tokens != request.max_completion_tokens:
+        raise bad_request("max_tokens and max_completion_tokens differ; send one of them.", "max_completion_tokens")
     if request.continue_final_message and request.add_generation_prompt:
         raise bad_request(
             "continue_final_message and add_generation_prompt cannot both be true.", "continue_final_message"
