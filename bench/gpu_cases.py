@@ -63,21 +63,11 @@ class Cases:
 
     def beam_search(self) -> dict[str, Any]:
         """Most KV blocks in use: four beams of one prompt of 512 tokens, 64 tokens each."""
-        from fastllm import BeamSearchParams
-        from fastllm.beam import beam_search
-
         prompt = self._ids(512)
         self._restart_peak()
         start = time.perf_counter()
-        beam_search(
-            self._generate,
-            [{"prompt_token_ids": prompt}],
-            BeamSearchParams(beam_width=4, max_tokens=64, ignore_eos=True),
-            tokenizer=self.engine.tokenizer,
-            eos_token_ids=[],
-            max_model_len=self.engine.engine_config.max_model_len,
-            num_candidates=8,
-        )
+        self._add(prompt, 64, n=4, use_beam_search=True, temperature=0.0)
+        self._finish()
         seconds = time.perf_counter() - start
         return {**self._against_unshared(prompt, 64, 4), "ms_per_token": 1000 * seconds / 64}
 
@@ -90,13 +80,6 @@ class Cases:
         self._finish()
         own = self.engine.stats().peak_used_blocks
         return {"shared_blocks": shared, "own_blocks": own, "saved": 1 - shared / own}
-
-    def _generate(self, prompts: list[Any], params: Any) -> list[Any]:
-        ids = [str(self._new_id()) for _ in prompts]
-        for request_id, prompt in zip(ids, prompts, strict=True):
-            self.engine.add_request(request_id, prompt, params)
-        done = {output.request_id: output for output in self._finish()}
-        return [done[request_id] for request_id in ids]
 
     def _restart_peak(self) -> None:
         self.engine.reset_prefix_cache()
@@ -112,11 +95,11 @@ class Cases:
     def _ids(self, count: int) -> list[int]:
         return [self._random.randrange(10, self.vocab) for _ in range(count)]
 
-    def _add(self, ids: list[int], max_tokens: int, *, salt: str = "", n: int = 1, temperature: float = 0.0) -> None:
+    def _add(self, ids: list[int], max_tokens: int, *, salt: str = "", **sampling: Any) -> None:
         from fastllm import SamplingParams
 
         params = SamplingParams(
-            n=n, temperature=temperature, max_tokens=max_tokens, ignore_eos=True, detokenize=False, seed=0
+            **{"temperature": 0.0, **sampling}, max_tokens=max_tokens, ignore_eos=True, detokenize=False, seed=0
         )
         self.engine.add_request(str(self._new_id()), {"prompt_token_ids": ids, "cache_salt": salt}, params)
 

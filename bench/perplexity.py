@@ -30,6 +30,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,10 @@ def main() -> None:
     text = read_text(args.text or default_files())
     sha256 = hashlib.sha256(text.encode()).hexdigest()
 
-    from fastllm import LLM
+    from fastllm import LLM, EngineArgs
 
-    engine = {name: value for name, value in vars(args).items() if name not in _OWN}
+    known = {field.name for field in fields(EngineArgs)}
+    engine = {name: value for name, value in vars(args).items() if name not in _OWN and name in known}
     engine["max_model_len"] = engine["max_model_len"] or args.window + 1
     engine["enable_prefix_caching"] = False
     llm = LLM(**engine)

@@ -52,7 +52,7 @@ def test_a_printed_command_becomes_engine_arguments(
     assert core.max_num_seqs == int(values.get("--max-num-seqs", core.max_num_seqs))
     assert core.swap_bytes == int(values.get("--swap-space", 0)) << 30
     assert core.policy == values.get("--scheduling-policy", "fcfs")
-    assert limits_from(args).max_waiting_time_s == (600.0 if "--max-waiting-time" in values else None)
+    assert limits_from(args).max_waiting_time_s == (600.0 if "--max-waiting-time" in values else 120.0)
     assert args.log_level == "debug"  # by the flag or by the variable
 
 

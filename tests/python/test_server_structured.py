@@ -143,7 +143,7 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
         wrapped({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}),
         "schema_too_complex",
     ),
-    (wrapped(deep(400)), "schema_too_complex"),
+    (wrapped(deep(400)), "invalid_json"),
     (wrapped({"enum": list(range(6000))}), "schema_too_complex"),
     (wrapped({"enum": ["x" * 70_000]}), "schema_too_complex"),
     (wrapped({"type": "array", "items": {"const": 1}, "minItems": 10**6}), "schema_too_complex"),

@@ -35,7 +35,8 @@ class Operation:
 _MODEL_ERRORS = (400, 404, 408, 413, 415, 429)
 _STORED_ERRORS = (400, 404)
 
-# (method, path) -> operation, for every route of the app but the files of the console
+# (method, path) -> operation, for every route of the app but the files of the console. Answers whose parts are of
+# several types, told apart by a field of each, have no schema here.
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/completions"): Operation(
         "Continues one prompt or a batch of them.",
@@ -54,9 +55,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/responses"): Operation(
         "Answers a conversation in the form of OpenAI's Responses.",
         responses_protocol.ResponsesRequest,
-        responses_protocol.ResponseObject,
-        _MODEL_ERRORS,
-        responses_protocol.ResponseEvent,
+        statuses=_MODEL_ERRORS,
     ),
     ("POST", "/v1/responses/input_tokens"): Operation(
         "The length of a conversation in tokens.",
@@ -64,16 +63,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         responses_protocol.InputTokens,
         _MODEL_ERRORS,
     ),
-    ("GET", "/v1/responses/{id}"): Operation(
-        "A stored response.", response=responses_protocol.ResponseObject, statuses=_STORED_ERRORS
-    ),
+    ("GET", "/v1/responses/{id}"): Operation("A stored response.", statuses=_STORED_ERRORS),
     ("DELETE", "/v1/responses/{id}"): Operation(
         "Forgets a stored response.", response=responses_protocol.DeletedResponse, statuses=_STORED_ERRORS
     ),
     ("POST", "/v1/responses/{id}/cancel"): Operation(
-        "Ends a response made in the background.",
-        response=responses_protocol.ResponseObject,
-        statuses=_STORED_ERRORS,
+        "Ends a response made in the background.", statuses=_STORED_ERRORS
     ),
     ("GET", "/v1/responses/{id}/input_items"): Operation(
         "What a stored response answered.", response=responses_protocol.ItemList, statuses=_STORED_ERRORS
@@ -81,9 +76,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/messages"): Operation(
         "Answers a conversation in the form of Anthropic's Messages.",
         messages_protocol.MessagesRequest,
-        messages_protocol.Message,
-        _MODEL_ERRORS,
-        messages_protocol.MessageDelta,
+        statuses=_MODEL_ERRORS,
     ),
     ("POST", "/v1/messages/count_tokens"): Operation(
         "The length of a conversation in tokens.",
