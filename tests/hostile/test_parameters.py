@@ -1,4 +1,4 @@
-"""Parameters: rows C of the catalogue but for tools and schemas (C35 to C49), each 20 times."""
+"""Parameters: rows C of the catalogue but for tools and schemas (test_constraints.py), each 20 times."""
 
 from __future__ import annotations
 
