@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import ssl
@@ -167,6 +168,9 @@ async def _serve(args: argparse.Namespace, state: ServerState, server: Server, c
             say(f"variables without effect here: {', '.join(ignored)}")
 
     def on_ready(llm: AsyncLLM) -> None:
+        # What is there now stays. Collections would go through all of it again and again, 15 ms each, on the loop.
+        gc.collect()
+        gc.freeze()
         for line in describe(llm, state):
             say(line)
         path = "" if args.uds else "/v1"
