@@ -95,7 +95,7 @@ LogprobResult CudaBackend::host_logprobs(const Tensor& logits, const CudaStep& s
   std::vector<float> x(static_cast<std::size_t>(logits.cols()));
   copy(x.data(), logits.at(request.row), x.size() * sizeof(float));
   LogprobResult result;
-  result.token = request.sampled >= 0 ? step.host_sampled[request.sampled] : request.token;
+  result.token = request.sampled >= 0 ? std::max(step.host_sampled[request.sampled], 0) : request.token;
   const float max = *std::ranges::max_element(x), own = x[static_cast<std::size_t>(result.token)];
   const double sum = std::accumulate(x.begin(), x.end(), 0.0,
                                      [&](double s, float v) { return s + std::exp(static_cast<double>(v - max)); });

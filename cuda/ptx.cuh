@@ -13,6 +13,13 @@ __device__ __forceinline__ std::uint32_t smem_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// The greater one; NaN if either is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+}
+
 // 16 bytes from global to shared memory, asynchronously; zeros when !valid (nothing is read then).
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid = true) {
   const int bytes = valid ? 16 : 0;

@@ -151,7 +151,7 @@ struct LogprobResult {
 
 // What a step brought back to the host.
 struct StepOutput {
-  std::vector<TokenId> tokens;          // [R]
+  std::vector<TokenId> tokens;          // [R]; -1: the row had no usable logits, see sample()
   std::vector<LogprobResult> logprobs;  // of all requests of the step, in the order they were made
 };
 
@@ -253,6 +253,8 @@ class Backend {
   // Bias, forbidden ids and penalties of the step's sampling.
   virtual void process_logits(const Tensor& logits, const Step& step) = 0;
   // Chooses the tokens of the step's sampling rows and makes them their slots' last tokens; leaves the logits alone.
+  // A row that holds a NaN, or whose greatest logit is infinite, has none: the slot, and on devices sampled_tokens(),
+  // get token 0, for steps that are under way.
   virtual void sample(const Tensor& logits, Step& step) = 0;
   // [R] device memory: what sample() chose. Other ranks receive it there and then call commit_tokens().
   virtual TokenId* sampled_tokens(Step& step) = 0;

@@ -21,7 +21,7 @@ double seconds(TimePoint t) { return std::chrono::duration<double>(t.time_since_
 
 py::tuple entry(const TokenLogprob& t) { return py::make_tuple(t.token, t.logprob, t.rank); }
 
-py::list positions(const std::vector<PositionLogprobs>& all) {
+py::list positions(std::span<const PositionLogprobs> all) {
   py::list out(all.size());
   for (std::size_t i = 0; i < all.size(); ++i) {
     py::list top(all[i].top.size());
@@ -128,7 +128,15 @@ void bind_types(py::module_& m) {
       .def_readonly("index", &TokenDelta::index)
       .def_readonly("tokens", &TokenDelta::tokens)
       .def_property_readonly("logprobs", [](const TokenDelta& d) { return positions(d.logprobs); })
-      .def_property_readonly("prompt_logprobs", [](const TokenDelta& d) { return positions(d.prompt_logprobs); })
+      .def_property_readonly("num_prompt_logprobs", [](const TokenDelta& d) { return d.prompt_logprobs.size(); })
+      .def(
+          "prompt_logprobs",
+          [](const TokenDelta& d, std::size_t begin, std::size_t count) {
+            const std::span all(d.prompt_logprobs);
+            begin = std::min(begin, all.size());
+            return positions(all.subspan(begin, std::min(count, all.size() - begin)));
+          },
+          py::arg("begin"), py::arg("count"))
       .def_property_readonly("finish", [](const TokenDelta& d) { return finish_name(d.finish); })
       .def_property_readonly(
           "stop_token",
@@ -159,6 +167,7 @@ void bind_types(py::module_& m) {
       .def_readonly("num_preemptions", &EngineStats::num_preemptions)
       .def_readonly("num_finished", &EngineStats::num_finished)
       .def_readonly("num_aborted", &EngineStats::num_aborted)
+      .def_readonly("nan_rows", &EngineStats::nan_rows)
       .def_readonly("block_leaks", &EngineStats::block_leaks)
       .def_readonly("host_s", &EngineStats::host_s)
       .def_readonly("last_step_age_s", &EngineStats::last_step_age_s)

@@ -79,6 +79,19 @@ void KvManager::publish(BlockTable& table, std::span<const TokenId> tokens, std:
   }
 }
 
+void KvManager::forget_prefix(PrefixNodeId root, std::span<const TokenId> tokens) {
+  if (!caching_) return;
+  const auto size = static_cast<std::size_t>(block_size_);
+  PrefixNodeId parent = root;
+  for (; tokens.size() >= size; tokens = tokens.subspan(size)) {
+    const auto [id, block] = cache_.find(parent, tokens.first(size));
+    if (id == kNoPrefixNode) return;
+    cache_.forget(block);
+    if (device_.is_cached(block)) device_.make_blank(block);
+    parent = id;
+  }
+}
+
 // The new table walks the published chain again when it first publishes: the nodes of `from` may be another sequence's.
 void KvManager::fork(const BlockTable& from, BlockTable& to, std::int64_t num_tokens) {
   assert(to.blocks.empty());

@@ -72,6 +72,8 @@ class KvManager {
 
   // Publishes the full blocks among positions [0, min(num_computed, tokens.size())).
   void publish(BlockTable& table, std::span<const TokenId> tokens, std::int64_t num_computed);
+  // Makes the longest cached beginning of `tokens` unfindable; sequences that have its blocks keep them.
+  void forget_prefix(PrefixNodeId root, std::span<const TokenId> tokens);
   // Makes an empty table share the blocks that cover positions [0, num_tokens) of `from`.
   void fork(const BlockTable& from, BlockTable& to, std::int64_t num_tokens);
   // Makes `to` share every block of `from`, in place of its own, and returns the first index where they differed.

@@ -270,6 +270,11 @@ void Worker::finish(const StepPlan& plan, Launched& launched, StepResult& result
   if (comm_.rank() != 0) return;
   result.tokens = output.tokens;
   for (const auto& [row, sentence] : launched.row_errors) result.tokens[static_cast<std::size_t>(row)] = -1;
+  for (std::size_t i = 0; i < output.tokens.size(); ++i) {
+    const auto row = static_cast<std::int32_t>(i);
+    const bool told = std::ranges::any_of(launched.row_errors, [&](const auto& error) { return error.first == row; });
+    if (output.tokens[i] < 0 && !told) result.nan_rows.push_back(row);
+  }
   result.row_errors = std::move(launched.row_errors);
   const auto of_prompt = std::span(output.logprobs).first(launched.num_prompt_logprobs);
   for (const LogprobResult& r : of_prompt) result.prompt_logprobs.push_back(to_position(r));

@@ -129,6 +129,29 @@ void Scheduler::fail(Sequence& seq, ErrorKind kind, const std::string& sentence,
   destroy_if_unused(request);
 }
 
+// What it computed may not be numbers either, from some position on that nobody knows: no other request may read it.
+// Where it had read what others computed, the fault may be theirs: it computes everything once more, by itself.
+void Scheduler::retry_or_fail_poisoned(Sequence& seq, TimePoint now) {
+  Request& request = *seq.req;
+  if (seq.has_others_kv && seq.trusts_cache && request.seqs.size() == 1) {
+    if (seq.state == SeqState::Running) {
+      remove_running(seq);
+      free_slot(seq);
+    } else if (seq.state == SeqState::Swapped) {
+      forget_swap(seq);
+      if (seq.queued) dequeue(seq);
+    }
+    evict(seq);
+    kv_.forget_prefix(seq.kv.root, seq.tokens);
+    seq.trusts_cache = false;
+    seq.void_samples = std::exchange(seq.num_pending, 0);
+    return;
+  }
+  ++num_nan_rows_;
+  end_request(request, FinishReason::Error, ErrorKind::Engine, "The model's logits are not numbers.", now);
+  for (const auto& each : request.seqs) kv_.forget_prefix(each->kv.root, each->tokens);
+}
+
 void Scheduler::on_result(const PlannedStep& step, const StepResult& result, TimePoint now) {
   const StepPlan& plan = step.plan;
   --steps_in_flight_;
@@ -150,14 +173,15 @@ void Scheduler::on_result(const PlannedStep& step, const StepResult& result, Tim
       }
     }
     if (row.flags & kSample) {
-      --seq.num_pending;
+      const bool is_void = seq.void_samples > 0;
+      --(is_void ? seq.void_samples : seq.num_pending);
       const auto k = static_cast<std::size_t>(sample);
-      if (seq.state == SeqState::Finished) {
+      if (is_void || seq.state == SeqState::Finished) {
         // The token came too late: an earlier one, the caller or an error ended the sequence.
       } else if (const std::string* error = find_error(result, sample)) {
         end_request(request, FinishReason::Error, ErrorKind::Invalid, *error, now);
       } else if (std::ranges::find(result.nan_rows, sample) != result.nan_rows.end()) {
-        end_request(request, FinishReason::Error, ErrorKind::Engine, "The model's logits are not numbers.", now);
+        retry_or_fail_poisoned(seq, now);
       } else if (request.beams) {
         know_next(seq, result.logprobs.at(k), now);
       } else {
@@ -352,6 +376,7 @@ void Scheduler::fill_stats(EngineStats& stats) const {
   stats.num_preemptions = num_preemptions_;
   stats.num_finished = num_finished_;
   stats.num_aborted = num_aborted_;
+  stats.nan_rows = num_nan_rows_;
 }
 
 }  // namespace fastllm

@@ -163,7 +163,10 @@ std::int32_t Scheduler::attach_kv(Sequence& seq) {
   }
   const bool scores_prompt = seq.index == 0 && seq.req->sampling->prompt_logprobs >= 0;
   if (scores_prompt && seq.prompt_logprobs_planned < seq.num_prompt - 1) return 0;
-  return kv_.match_prefix(seq.kv, seq.tokens);
+  if (!seq.trusts_cache) return 0;
+  const int matched = kv_.match_prefix(seq.kv, seq.tokens);
+  seq.has_others_kv = matched > 0;
+  return matched;
 }
 
 bool Scheduler::can_plan(const Sequence& seq) const {
@@ -183,12 +186,17 @@ void Scheduler::preempt(Sequence& seq) {
     seq.state = SeqState::Swapped;
     ++num_swapped_;
   } else {
-    kv_.release(seq.kv);
-    seq.num_computed = 0;
-    seq.prompt_submitted = false;
-    seq.state = seq.inflight > 0 ? SeqState::Draining : SeqState::Waiting;
+    evict(seq);
   }
   if (seq.inflight == 0 && !seq.parked) enqueue(seq);
+}
+
+// Everything is to be computed again.
+void Scheduler::evict(Sequence& seq) {
+  kv_.release(seq.kv);
+  seq.num_computed = 0;
+  seq.prompt_submitted = false;
+  seq.state = seq.inflight > 0 ? SeqState::Draining : SeqState::Waiting;
 }
 
 bool Scheduler::preempt_parked() {

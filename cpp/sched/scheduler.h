@@ -106,6 +106,7 @@ class Scheduler {
   bool can_plan(const Sequence& seq) const;
   void tell_table(Sequence& seq, std::size_t known_sets, StepPlan& plan);
   void preempt(Sequence& seq);
+  void evict(Sequence& seq);
   bool preempt_parked();
   void add_planned(Sequence& seq, std::int32_t num_tokens, bool was_running);
   void emit_rows(PlannedStep& step);
@@ -127,6 +128,7 @@ class Scheduler {
   void finish(Sequence& seq, TimePoint now);
   void forget_swap(Sequence& seq);
   void end_sequence(Sequence& seq, FinishReason reason, ErrorKind kind, const std::string& sentence, TimePoint now);
+  void retry_or_fail_poisoned(Sequence& seq, TimePoint now);
   void end_request(Request& request, FinishReason reason, ErrorKind kind, const std::string& sentence, TimePoint now);
   void refuse(std::uint64_t id, ErrorKind kind, std::string sentence, TimePoint arrival);
   void retire_if_ended(Request& request);
@@ -163,7 +165,7 @@ class Scheduler {
   std::int64_t steps_in_flight_ = 0;
   std::int64_t num_unstarted_ = 0;                    // requests
   std::int64_t num_live_seqs_ = 0, num_swapped_ = 0;  // sequences
-  std::int64_t num_ended_ = 0, num_finished_ = 0, num_aborted_ = 0, num_preemptions_ = 0;
+  std::int64_t num_ended_ = 0, num_finished_ = 0, num_aborted_ = 0, num_preemptions_ = 0, num_nan_rows_ = 0;
   std::int64_t prompt_tokens_ = 0, generated_tokens_ = 0, prefix_queries_ = 0, prefix_hits_ = 0;
 };
 

@@ -93,8 +93,10 @@ struct StepResult {
   std::vector<PositionLogprobs> logprobs;         // [kSample rows] if max_logprobs >= 0, else empty
   std::vector<PositionLogprobs> prompt_logprobs;  // of all kPromptLogprobs rows in order, one per known next token
   std::vector<std::pair<std::int32_t, std::string>> row_errors;  // {index among kSample rows, sentence}
-  std::vector<std::int32_t> nan_rows;  // indexes among kSample rows whose logits are not numbers; their token is -1
-  std::string error;                   // non-empty: the whole step failed and the executor cannot go on
+  // Indexes among kSample rows that no token can be chosen for: logits hold a NaN, or the greatest is infinite. Their
+  // token is -1.
+  std::vector<std::int32_t> nan_rows;
+  std::string error;  // non-empty: the whole step failed and the executor cannot go on
 
   void clear() {
     tokens.clear();

@@ -29,16 +29,20 @@ struct SharedState {
   int num_kept, last;
 };
 
+// id: -1 where the row's logits choose none. Only the host is told; whoever reads on gets a token that exists.
 __device__ __forceinline__ void commit(const SampleCall& call, int vocab, int r, const DeviceSampleRow& row, int id) {
-  call.sampled[r] = id;
+  const int token = ::max(id, 0);
+  call.sampled[r] = token;
   if (call.host_sampled != nullptr) call.host_sampled[r] = id;
   if (row.slot < 0) return;
-  if (call.last_token != nullptr) call.last_token[row.slot] = id;
-  if (row.penalised != 0 && call.counts != nullptr) ++call.counts[static_cast<std::int64_t>(row.slot) * vocab + id];
+  if (call.last_token != nullptr) call.last_token[row.slot] = token;
+  if (id >= 0 && row.penalised != 0 && call.counts != nullptr)
+    ++call.counts[static_cast<std::int64_t>(row.slot) * vocab + id];
 }
 
-// 0 where all logits are -infinity or NaN.
-__device__ __forceinline__ int token_of(Ranked winner) { return winner == 0 ? 0 : id_of(winner); }
+// greatest: of the logits of a row. Also false where there is none, and where one was NaN: neither has a finite value.
+__device__ __forceinline__ bool is_usable(Ranked greatest) { return isfinite(value_of_key(key_of(greatest))); }
+__device__ __forceinline__ int token_of(Ranked greatest) { return is_usable(greatest) ? id_of(greatest) : -1; }
 
 template <int kBlock>
 __device__ __forceinline__ int token_of_parts(const SampleStages& s, int r, bool drawn,
@@ -47,15 +51,16 @@ __device__ __forceinline__ int token_of_parts(const SampleStages& s, int r, bool
   const int thread = static_cast<int>(threadIdx.x);
   const Ranked mine = thread < s.parts ? s.best[static_cast<std::int64_t>(r) * s.parts + thread] : 0;
   Ranked best = block_max<kBlock>(mine, of_warps);
-  // A draw is of no use when nothing took part, or when the greatest logit is not finite.
-  if (drawn && (best == 0 || !isfinite(value_of_key(key_of(best))))) {
+  if (!drawn || best == kNotNumbers) return token_of(best);
+  // A score is infinite where the greatest logit is, or where so low a temperature made it so.
+  if (best == 0 || !isfinite(value_of_key(key_of(best)))) {
     const RowPart part = part_of_row(row_of(s.logits, r), s.logits.vocab, 0, 1);
     const Ranked of_thread = argmax_of_part<kBlock>(part);
     __syncthreads();
     const Ranked greatest = block_max<kBlock>(of_thread, of_warps);
-    if (best == 0 || !isfinite(value_of_key(key_of(greatest)))) best = greatest;
+    if (best == 0 || !is_usable(greatest)) return token_of(greatest);
   }
-  return token_of(best);
+  return id_of(best);
 }
 
 // Descending; n is a power of two.
@@ -123,8 +128,8 @@ __device__ int token_of_listed(const SampleStages& s, SharedState& shared, const
   const int thread = static_cast<int>(threadIdx.x), vocab = s.logits.vocab;
   const Ranked top = block_max<kThreads>(thread < s.parts ? s.best[static_cast<std::int64_t>(r) * s.parts + thread] : 0,
                                          shared.of_warps);
+  if (!is_usable(top)) return -1;
   const float max = value_of_key(key_of(top));
-  if (top == 0 || !isfinite(max)) return token_of(top);
 
   const bool edge_only = s.edge[r] >= 0;
   const std::uint32_t num_listed = edge_only ? s.edge_listed[r] : s.listed[r];
@@ -163,7 +168,7 @@ __device__ int token_of_listed(const SampleStages& s, SharedState& shared, const
   }
   __syncthreads();
   best = block_max<kThreads>(best, shared.of_warps);
-  return token_of(best != 0 ? best : top);
+  return id_of(best != 0 ? best : top);
 }
 
 __global__ void __launch_bounds__(kThreads, 2) choose_tokens(SampleStages s, SampleCall call) {

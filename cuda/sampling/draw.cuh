@@ -149,14 +149,23 @@ class Draw {
   int best_id_ = -1;
 };
 
-// Of the tokens of the part that this thread considers.
+// Of the tokens of the part that this thread considers. also_see(v): every tile.
+template <int kThreads, class TakesPart, class AlsoSee>
+__device__ __forceinline__ Ranked draw_from_part(const RowPart& part, const DeviceSampleRow& row, float floor,
+                                                 float some_score, TakesPart takes_part, DrawScratch<kThreads>& scratch,
+                                                 AlsoSee also_see) {
+  Draw<kThreads, TakesPart> draw(row, floor, some_score, takes_part, scratch);
+  for_each_tile<kThreads>(part, [&](const float4(&v)[4], const int (&first)[4]) {
+    also_see(v);
+    draw.tile(v, first);
+  });
+  return draw.winner();
+}
 template <int kThreads, class TakesPart>
 __device__ __forceinline__ Ranked draw_from_part(const RowPart& part, const DeviceSampleRow& row, float floor,
                                                  float some_score, TakesPart takes_part,
                                                  DrawScratch<kThreads>& scratch) {
-  Draw<kThreads, TakesPart> draw(row, floor, some_score, takes_part, scratch);
-  for_each_tile<kThreads>(part, [&](const float4(&v)[4], const int (&first)[4]) { draw.tile(v, first); });
-  return draw.winner();
+  return draw_from_part<kThreads>(part, row, floor, some_score, takes_part, scratch, [](const float4(&)[4]) {});
 }
 
 // The greatest logit takes part in every draw that anything takes part in, so the winner reaches this.
@@ -164,15 +173,23 @@ __device__ __forceinline__ float some_score(const DeviceSampleRow& row, float ma
   return __fmul_rn(max, 1.0f / row.temperature) + kMinNoise;
 }
 
-// This thread's greatest logit.
-template <int kThreads>
-__device__ __forceinline__ Ranked argmax_of_part(const RowPart& part) {
+// This thread's greatest logit. also_see(v): every tile.
+template <int kThreads, class AlsoSee>
+__device__ __forceinline__ Ranked argmax_of_part(const RowPart& part, AlsoSee also_see) {
   float best = -INFINITY;
   int best_id = -1;
-  for_each_logit<kThreads>(part, [&](float x, int id) {
+  const auto take = [&](float x, int id) {
     if (x > best) best = x, best_id = id;
+  };
+  for_each_tile<kThreads>(part, [&](const float4(&v)[4], const int (&first)[4]) {
+    also_see(v);
+    for_each_in_tile(v, first, take);
   });
   return best_id < 0 ? 0 : ranked(best, best_id);
+}
+template <int kThreads>
+__device__ __forceinline__ Ranked argmax_of_part(const RowPart& part) {
+  return argmax_of_part<kThreads>(part, [](const float4(&)[4]) {});
 }
 
 }  // namespace fastllm::cuda

@@ -20,6 +20,7 @@ __device__ __forceinline__ float value_of_key(std::uint32_t key) {
 
 // 0: no token.
 using Ranked = std::uint64_t;
+inline constexpr Ranked kNotNumbers = ~Ranked{0};  // above every token: something was NaN
 __device__ __forceinline__ Ranked ranked(std::uint32_t key, int id) {
   return static_cast<Ranked>(key) << 32 | ~static_cast<std::uint32_t>(id);
 }

@@ -26,16 +26,15 @@ __device__ __forceinline__ RowPart part_of_row(const float* x, int vocab, int pa
   return {x, vocab, shift, begin, min(begin + each, vectors)};
 }
 
-// NaN where the vector reaches beyond the row.
+// -infinity where the vector reaches beyond the row.
 __device__ __forceinline__ float4 load_vector(const RowPart& part, int first) {
   if (first >= 0 && first + 4 <= part.vocab) return *reinterpret_cast<const float4*>(part.x + first);
-  const float none = __int_as_float(0x7fffffff);
-  const auto at = [&](int id) { return id >= 0 && id < part.vocab ? part.x[id] : none; };
+  const auto at = [&](int id) { return id >= 0 && id < part.vocab ? part.x[id] : -INFINITY; };
   return {at(first), at(first + 1), at(first + 2), at(first + 3)};
 }
 
-// use(v, first): a tile, v[u][c] being the logit of id first[u] + c, NaN where there is none. All threads of the block
-// make the same calls; ids ascend over the calls of one thread.
+// use(v, first): a tile, v[u][c] being the logit of id first[u] + c, -infinity where there is none. All threads of the
+// block make the same calls; ids ascend over the calls of one thread.
 template <int kThreads, class Use>
 __device__ __forceinline__ void for_each_tile(const RowPart& part, Use use) {
   for (int tile = part.begin; tile < part.end; tile += 4 * kThreads) {
@@ -51,18 +50,22 @@ __device__ __forceinline__ void for_each_tile(const RowPart& part, Use use) {
   }
 }
 
-// use(x, id): every logit of the part, and NaN with ids beyond it.
+// use(x, id): every logit of a tile.
+template <class Use>
+__device__ __forceinline__ void for_each_in_tile(const float4 (&v)[4], const int (&first)[4], Use use) {
+#pragma unroll
+  for (int u = 0; u < 4; ++u) {
+    use(v[u].x, first[u]);
+    use(v[u].y, first[u] + 1);
+    use(v[u].z, first[u] + 2);
+    use(v[u].w, first[u] + 3);
+  }
+}
+
+// use(x, id): every logit of the part, and -infinity with ids beyond it.
 template <int kThreads, class Use>
 __device__ __forceinline__ void for_each_logit(const RowPart& part, Use use) {
-  for_each_tile<kThreads>(part, [&](const float4(&v)[4], const int (&first)[4]) {
-#pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      use(v[u].x, first[u]);
-      use(v[u].y, first[u] + 1);
-      use(v[u].z, first[u] + 2);
-      use(v[u].w, first[u] + 3);
-    }
-  });
+  for_each_tile<kThreads>(part, [&](const float4(&v)[4], const int (&first)[4]) { for_each_in_tile(v, first, use); });
 }
 
 }  // namespace fastllm::cuda

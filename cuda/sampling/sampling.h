@@ -63,7 +63,8 @@ struct SampleCall {
   bool any_penalised = false;
   std::int32_t* counts = nullptr;   // [slots, vocab], or null when not any_penalised; the sampled token is counted
   TokenId* sampled = nullptr;       // [rows] device memory
-  TokenId* host_sampled = nullptr;  // [rows] pinned memory, written too
+  TokenId* host_sampled = nullptr;  // [rows] pinned memory, written too; -1 where a logit is NaN or the greatest
+                                    // infinite, and the others get token 0
   TokenId* last_token = nullptr;    // [slots] device memory: last_token[rows[r].slot] = the token
   void* workspace = nullptr;        // sample_workspace_bytes(), device memory
 };

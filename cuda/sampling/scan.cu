@@ -3,8 +3,9 @@
 // k-th greatest of them, and not many more.
 //
 //   for r, i in rows, vocab: best[r] = max(best[r], {greedy[r] ? x[r, i] : x[r, i] / temperature[r] + noise(i), i})
+//   best[r] = kNotNumbers where some x[r, i] is NaN
 //
-// Cost: 4 rows vocab bytes; three operations per token for maxima, some 70 per token that may win a draw.
+// Cost: 4 rows vocab bytes; four operations per token for maxima, some 70 per token that may win a draw.
 // Benchmark: fastllm_bench_cuda --benchmark_filter=Sample
 #include "launch.cuh"
 #include "sampling/draw.cuh"
@@ -15,6 +16,18 @@ namespace fastllm::cuda {
 namespace {
 
 __device__ __forceinline__ float max_of(const float4& v) { return fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)); }
+
+// Whether anything seen was NaN: the maximum that keeps it, one operation a token.
+struct NanProbe {
+  float most = -INFINITY;
+
+  __device__ __forceinline__ void operator()(const float4 (&v)[4]) {
+#pragma unroll
+    for (int u = 0; u < 4; ++u)
+      most = max_or_nan(max_or_nan(most, max_or_nan(v[u].x, v[u].y)), max_or_nan(v[u].z, v[u].w));
+  }
+  __device__ __forceinline__ Ranked operator()(Ranked best) const { return isnan(most) ? kNotNumbers : best; }
+};
 
 // kGroups / parts groups per part. With one part, group u * 256 + t is what thread t reads as its u-th vectors; four
 // such are merged with 4 parts, and those of 4 or 16 neighbouring lanes with 16 or 64.
@@ -40,19 +53,22 @@ __global__ void __launch_bounds__(kScanThreads, 4) scan_rows(SampleStages s) {
   const int r = static_cast<int>(blockIdx.y), p = static_cast<int>(blockIdx.x);
   const RowPart part = part_of_row(row_of(s.logits, r), s.logits.vocab, p, s.parts);
   Ranked best = 0;
+  NanProbe probe;
+  const auto see = [&](const float4(&v)[4]) { probe(v); };
   if constexpr (kAllGreedy) {
-    best = argmax_of_part<kScanThreads>(part);
+    best = argmax_of_part<kScanThreads>(part, see);
   } else {
     const DeviceSampleRow row = s.rows[r];
     const RowKind kind = kind_of(row, s.logits.vocab);
     if (kind == RowKind::Unfiltered) {
       const auto all = [](float, int) { return true; };
-      best = draw_from_part<kScanThreads>(part, row, -INFINITY, -INFINITY, all, scratch);
+      best = draw_from_part<kScanThreads>(part, row, -INFINITY, -INFINITY, all, scratch, see);
     } else if (kind == RowKind::Listed) {
       float most[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
       float top = -INFINITY;
       int top_id = -1;
       for_each_tile<kScanThreads>(part, [&](const float4(&v)[4], const int (&first)[4]) {
+        probe(v);
 #pragma unroll
         for (int u = 0; u < 4; ++u) {
           const float here = max_of(v[u]);
@@ -71,10 +87,10 @@ __global__ void __launch_bounds__(kScanThreads, 4) scan_rows(SampleStages s) {
           bins[i] = 0;
       }
     } else {
-      best = argmax_of_part<kScanThreads>(part);
+      best = argmax_of_part<kScanThreads>(part, see);
     }
   }
-  best = block_max<kScanThreads>(best, of_warps);
+  best = block_max<kScanThreads>(probe(best), of_warps);
   if (threadIdx.x == 0) s.best[static_cast<std::int64_t>(r) * s.parts + p] = best;
 }
 

@@ -34,7 +34,7 @@ struct SampleStages {
   Logits logits;
   const DeviceSampleRow* rows;
   int parts;
-  std::uint64_t* best;      // [rows, parts] Ranked: greatest logit, or the winner of an unfiltered draw
+  std::uint64_t* best;      // [rows, parts] Ranked: greatest logit, or the winner of an unfiltered draw, or kNotNumbers
   std::uint64_t* draw;      // [rows, parts] Ranked: the winner of a draw with min_p, or of a nucleus without its edge
   std::uint64_t* list;      // [rows, kListCapacity] Ranked, unordered: from collect, or the edge from nucleus
   std::uint64_t* mass;      // [rows] of all tokens that min_p keeps; units of 1 / kMassUnit of the maximum's

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastllm.outputs import TokenIds
+
 __version__: str
 
 class FastllmError(RuntimeError): ...
@@ -116,7 +118,7 @@ class TokenDelta:
     index: int
     tokens: list[int]
     logprobs: list[PositionLogprobs]
-    prompt_logprobs: list[PositionLogprobs]
+    num_prompt_logprobs: int
     finish: str | None  # None | "stop" | "length" | "abort" | "error"
     stop_token: int | None
     cached_tokens: int
@@ -125,6 +127,9 @@ class TokenDelta:
     error_kind: str | None  # None | "invalid" | "overloaded" | "timeout" | "engine"
     # time.monotonic() seconds: arrival, first scheduled, first token, finished; 0.0 while unknown
     times: tuple[float, float, float, float]
+
+    def prompt_logprobs(self, begin: int, count: int) -> list[PositionLogprobs]:
+        """`count` of them from `begin` on, or what there is."""
 
 class EngineStats:
     """fastllm::EngineStats, a snapshot."""
@@ -145,6 +150,7 @@ class EngineStats:
     num_preemptions: int
     num_finished: int
     num_aborted: int
+    nan_rows: int  # results that were not numbers, each of which ended a request
     block_leaks: int
     host_s: float  # the engine thread's time outside its waits
     last_step_age_s: float
@@ -187,7 +193,7 @@ class Engine:
     def submit(
         self,
         id: int,
-        prompt: list[int],
+        prompt: TokenIds,
         params: SamplingParams,
         *,
         priority: int = 0,
@@ -229,11 +235,45 @@ def group_bits(type: str) -> int:
 def export_weights(spec_json: str, weights: Sequence[WeightBinding], path: str, dtype: str) -> None:
     """Writes canonical tensors as safetensors, one at a time. dtype: "float32" | "bfloat16" | "float16"."""
 
-def first_outside(ids: list[int], vocab: int) -> int | None:
+def first_outside(ids: TokenIds, vocab: int) -> int | None:
     """The index of the first element that is not an int of at least 0 and below vocab."""
 
-def json_shape(text: bytes) -> tuple[int, int, int]:
-    """Depth, most keys of one object and most elements of one array, in one pass without the GIL."""
+class JsonBody:
+    """A request body as read_json_body() found it.
+
+    most: depth, keys of one object, elements of one array; each with the top-level field it was found in. values: JSON
+    values in known fields, less those cut. unknown: the first 16 unknown fields. error: why it is no JSON, or "".
+    error_field: in which a number is out of range, if that is the error. bad_id: (list, index, text) of the first
+    element of a long list of ids that is none; list is -1 outside of lists of lists. small: the body without long
+    values. cuts: (place, key or index, long value), whose mark is in `small`. places: (place, key or index) of what
+    cuts are in; -1 is the body.
+    """
+
+    @property
+    def most(self) -> list[tuple[int, str | None]]: ...
+    @property
+    def values(self) -> int: ...
+    @property
+    def unknown(self) -> list[str]: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def error_field(self) -> str | None: ...
+    @property
+    def bad_id(self) -> tuple[int, int, bytes] | None: ...
+    @property
+    def small(self) -> bytes: ...
+    @property
+    def places(self) -> list[tuple[int, str | int]]: ...
+    @property
+    def cuts(self) -> list[tuple[int, str | int, str | memoryview]]: ...
+
+def read_json_body(text: bytes | bytearray, *, fields: Sequence[str], ids_field: str = "", mark: str) -> JsonBody:
+    """Checks JSON and takes long values out of it, without the GIL. Value i leaves `mark` and i.
+
+    fields: those that are read; others are checked and dropped. ids_field: may hold token ids, or lists of them; they
+    become memoryviews of 32-bit ints, and their mark a list of one number. mark: decimal digits.
+    """
 
 def usable_cores() -> int: ...
 def cuda_device_count() -> tuple[int, str]:

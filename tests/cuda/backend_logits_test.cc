@@ -58,6 +58,32 @@ TEST_F(BackendLogits, test_masks_biases_and_penalties) {
   });
 }
 
+TEST_F(BackendLogits, test_rows_without_usable_logits_are_told_apart) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  Array logits = Array(DType::F32, kRows, kVocab).fill(random, 2.0f);
+  const std::vector<TokenId> prompt = {7};
+  std::vector<SampleRow> rows;
+  std::vector<LogprobRequest> requests;
+  for (int r = 0; r < kRows; ++r) {
+    rows.push_back(random_row());
+    rows.back().penalised = r % 2 == 0;
+    requests.push_back({r, 0, r % 3 == 0 ? 500 : 2, r});
+    if (r % 4 == 1) logits.set(r, random.below(kVocab), std::numeric_limits<float>::quiet_NaN());
+    if (r % 8 == 2) logits.set(r, random.below(kVocab), kInf);
+  }
+  for (Side* side : {gpu.get(), host.get()}) {
+    init_steps(*side->backend, 16, kVocab, 64, 2);
+    for (int r = 0; r < kRows; r += 2) side->backend->init_counts(SlotId{r}, prompt, 1);
+    const Tensor x = side->upload(logits);
+    const auto output = step(*side, rows, [&](Step& begun) {
+      side->backend->sample(x, begun);
+      side->backend->topk_logprobs(x, begun, requests);
+    });
+    for (std::size_t r = 0; r < kRows; ++r)
+      EXPECT_EQ(output.tokens[r] < 0, r % 4 == 1 || r % 8 == 2) << "row " << r << ", seed " << test_seed();
+  }
+}
+
 TEST_F(BackendLogits, test_samples_are_the_cpu_backends) {
   const Array logits = Array(DType::F32, kRows, kVocab).fill(random, 2.0f);
   std::vector<SampleRow> greedy(kRows), mixed, plain;

@@ -56,8 +56,8 @@ inline std::uint32_t philox(std::uint32_t token, std::uint64_t seed, std::uint64
 inline int argmax(const Row& x) {
   int best = -1;
   for (int i = 0; i < static_cast<int>(x.size()); ++i)
-    if (!std::isnan(x[i]) && (best < 0 || x[i] > x[best])) best = i;
-  return std::max(best, 0);
+    if (best < 0 || x[i] > x[best]) best = i;
+  return best;
 }
 
 // Ids that pass the filters, best first.
@@ -90,11 +90,12 @@ inline std::vector<int> survivors(const Row& x, const DeviceSampleRow& row, cons
   return {sorted.begin(), sorted.begin() + kept};
 }
 
-// Tokens that may be chosen: one, and another where roundings decide.
+// Tokens that may be chosen: one, and another where roundings decide; -1, none, where the greatest is not finite.
 inline std::set<int> choices(const Row& x, const DeviceSampleRow& row) {
   const int greatest = argmax(x);
   const float max = x[static_cast<std::size_t>(greatest)];
-  if (row.temperature <= 0 || row.top_k == 1 || !std::isfinite(max)) return {greatest};
+  if (!std::isfinite(max)) return {-1};
+  if (row.temperature <= 0 || row.top_k == 1) return {greatest};
   std::vector<int> sorted(x.size());
   std::iota(sorted.begin(), sorted.end(), 0);
   std::erase_if(sorted,
@@ -149,7 +150,8 @@ class CudaSampling : public CudaTest {
     return x;
   }
 
-  // Uploads with a row stride, samples, checks that everybody got the same tokens and that nothing else changed.
+  // Uploads with a row stride, samples, checks that everybody got the same tokens, the device 0 where the host got -1,
+  // and that nothing else changed.
   std::vector<TokenId> run(const std::vector<Row>& logits, const std::vector<DeviceSampleRow>& rows,
                            cuda::SampleCall call, std::int64_t ld = 0) {
     const auto n = logits.size(), vocab = logits[0].size();
@@ -171,7 +173,7 @@ class CudaSampling : public CudaTest {
     cuda::sample({device.get(), static_cast<std::int64_t>(stride), static_cast<int>(n), static_cast<int>(vocab)}, call,
                  stream);
     const auto tokens = sampled.download();
-    for (std::size_t r = 0; r < n; ++r) EXPECT_EQ(tokens[r], pinned[r]) << "the host's token of row " << r;
+    for (std::size_t r = 0; r < n; ++r) EXPECT_EQ(tokens[r], std::max(pinned[r], 0)) << "the host's token of row " << r;
     EXPECT_EQ(tokens[n], -1) << "written beyond the last row";
     EXPECT_EQ(pinned[n], -9) << "written beyond the last row";
     const auto guard = workspace.download();
@@ -179,7 +181,7 @@ class CudaSampling : public CudaTest {
       EXPECT_EQ(guard[i], std::byte{0xff}) << "beyond the workspace";
     const auto after = device.download();
     EXPECT_EQ(std::memcmp(after.data(), host.data(), host.size() * sizeof(float)), 0) << "sample() changed the logits";
-    return {tokens.begin(), tokens.end() - 1};
+    return {pinned, pinned + n};
   }
 
   void expect_choices(const std::vector<Row>& logits, const std::vector<DeviceSampleRow>& rows, std::int64_t ld = 0) {
@@ -197,12 +199,11 @@ class CudaSampling : public CudaTest {
       const auto allowed = choices(logits[r], rows[r]);
       if (allowed.contains(tokens[r])) continue;
       const auto vocab = static_cast<int>(logits[r].size());
-      const bool in_range = tokens[r] >= 0 && tokens[r] < vocab;
+      const auto logit = [&](int id) { return id < 0 || id >= vocab ? kNaN : logits[r][static_cast<std::size_t>(id)]; };
       ADD_FAILURE() << "row " << r << " of " << rows.size() << ", vocab " << vocab << ", stride " << ld << ", "
-                    << describe(rows[r]) << ": got token " << tokens[r] << " (logit "
-                    << (in_range ? logits[r][static_cast<std::size_t>(tokens[r])] : kNaN) << "), expected "
-                    << *allowed.begin() << " (logit " << logits[r][static_cast<std::size_t>(*allowed.begin())]
-                    << "); the greatest is " << logits[r][static_cast<std::size_t>(argmax(logits[r]))];
+                    << describe(rows[r]) << ": got token " << tokens[r] << " (logit " << logit(tokens[r])
+                    << "), expected " << *allowed.begin() << " (logit " << logit(*allowed.begin())
+                    << "); the greatest is " << logit(argmax(logits[r]));
       if (++reported == 5) break;
     }
   }

@@ -154,22 +154,35 @@ TEST_F(CudaSampling, frequencies_follow_the_filtered_distribution) {
   }
 }
 
-TEST_F(CudaSampling, rows_of_nan_and_infinity_yield_a_token) {
-  const int vocab = 3001;
-  std::vector<Row> shapes = {Row(vocab, kNaN), Row(vocab, -kInf), Row(vocab, kInf), normal(vocab, 2), normal(vocab, 2)};
-  for (int i = 0; i < 400; ++i) shapes[3][static_cast<std::size_t>(random.below(vocab))] = kNaN;
-  shapes[4][77] = kInf;
+TEST_F(CudaSampling, rows_without_usable_logits_get_no_token_and_leave_others_alone) {
   const auto kinds = all_kinds();
-  for (const auto& x : shapes) {
-    const auto tokens = run(std::vector<Row>(kinds.size(), x), kinds, {});
-    for (std::size_t r = 0; r < kinds.size(); ++r) {
-      ASSERT_TRUE(tokens[r] >= 0 && tokens[r] < vocab) << tokens[r] << "; " << describe(kinds[r]);
-      if (!std::isfinite(x[static_cast<std::size_t>(argmax(x))])) {
-        EXPECT_EQ(tokens[r], argmax(x)) << describe(kinds[r]);
-      } else {
-        EXPECT_FALSE(std::isnan(x[static_cast<std::size_t>(tokens[r])])) << describe(kinds[r]);
+  for (const int vocab : {5, 3001, 40004}) {
+    const auto at = [&] { return static_cast<std::size_t>(random.below(vocab)); };
+    std::vector<Row> bad = {Row(static_cast<std::size_t>(vocab), kNaN), Row(static_cast<std::size_t>(vocab), -kInf)};
+    for (const float value : {kNaN, -kNaN, kInf}) {
+      for (const std::size_t where : {std::size_t{0}, at(), at(), static_cast<std::size_t>(vocab - 1)}) {
+        bad.push_back(normal(vocab, 2));
+        bad.back()[where] = value;
       }
     }
+    const Row good = normal(vocab, 2);
+    const auto alone = run(std::vector<Row>(kinds.size(), good), kinds, {}, vocab + 3);
+    for (const Row& x : bad) {
+      std::vector<Row> logits;
+      std::vector<DeviceSampleRow> rows;
+      for (const auto& kind : kinds) {
+        logits.insert(logits.end(), {x, good});
+        rows.insert(rows.end(), {kind, kind});
+      }
+      const auto tokens = run(logits, rows, {}, vocab + 3);
+      for (std::size_t r = 0; r < kinds.size(); ++r) {
+        EXPECT_EQ(tokens[2 * r], -1) << "vocab " << vocab << ", " << describe(kinds[r]);
+        EXPECT_EQ(tokens[2 * r + 1], alone[r]) << "vocab " << vocab << ", " << describe(kinds[r]);
+      }
+    }
+    cuda::SampleCall greedy;
+    greedy.all_greedy = true;
+    for (const Row& x : bad) EXPECT_EQ(run({x, good}, {2, sampling(0, 1, 0, 0)}, greedy)[0], -1);
   }
 }
 
@@ -190,6 +203,7 @@ TEST_F(CudaSampling, the_token_reaches_its_slot_and_is_counted_when_penalised) {
     std::vector<Row> logits;
     for (int r = 0; r < n; ++r) {
       logits.push_back(normal(vocab, 3));
+      if (step == 3 && r < 2) logits.back()[400] = kNaN;  // no token: the slot gets 0, which is not counted
       rows[static_cast<std::size_t>(r)].position = step;
     }
     cuda::SampleCall call;
@@ -198,8 +212,11 @@ TEST_F(CudaSampling, the_token_reaches_its_slot_and_is_counted_when_penalised) {
     call.last_token = last.get();
     const auto tokens = run(logits, rows, call);
     for (int r = 0; r < 4; ++r) {
-      want_last[static_cast<std::size_t>(2 * r)] = tokens[static_cast<std::size_t>(r)];
-      if (r % 2 != 0) ++want[static_cast<std::size_t>(2 * r * vocab + tokens[static_cast<std::size_t>(r)])];
+      const TokenId token = tokens[static_cast<std::size_t>(r)];
+      EXPECT_EQ(token < 0, step == 3 && r < 2);
+      want_last[static_cast<std::size_t>(2 * r)] = std::max(token, 0);
+      if (r % 2 != 0 && token >= 0)
+        ++want[static_cast<std::size_t>(2 * r * vocab + tokens[static_cast<std::size_t>(r)])];
     }
   }
   EXPECT_EQ(last.download(), want_last);

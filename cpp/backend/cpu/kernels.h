@@ -204,8 +204,8 @@ struct Kernels {
   void (*attend)(const AttnTask& t, float* scratch);
   void (*merge)(const AttnTask& t, float* scratch);  // partials of tiles [tile_begin, tile_end) into out
 
-  float (*row_max)(const float* x, int64_t n);
-  int64_t (*argmax)(const float* x, int64_t n);                            // lowest index on ties
+  float (*row_max)(const float* x, int64_t n);                             // NaN if any is
+  int64_t (*argmax)(const float* x, int64_t n);                            // lowest on ties; -1: it is not finite
   double (*sum_exp)(const float* x, int64_t n, float shift, float scale);  // sum exp((x - shift) * scale)
   int64_t (*gumbel_argmax)(const GumbelArgs& a);
 };

@@ -90,12 +90,13 @@ Cut filter(const Kernels& k, std::span<const float> x, const SampleRow& row, flo
   return cut;
 }
 
+// -1 where the greatest logit is no finite number.
 std::int64_t draw(const Kernels& k, std::span<const float> x, const SampleRow& row) {
   const auto n = static_cast<std::int64_t>(x.size());
   if (row.temperature <= 0.0f || row.top_k == 1) return k.argmax(x.data(), n);
   const float inv_temperature = 1.0f / row.temperature;
   const float max = k.row_max(x.data(), n);
-  if (!std::isfinite(max)) return k.argmax(x.data(), n);
+  if (!std::isfinite(max)) return -1;
   const Cut cut = filter(k, x, row, max);
   const std::int64_t id = k.gumbel_argmax({.logits = x.data(),
                                            .n = n,
@@ -168,8 +169,8 @@ void CpuBackend::sample(const Tensor& logits, Step& base) {
     const SampleRow& row = step.sampling[static_cast<std::size_t>(r)];
     const std::int64_t id = draw(kernels_, row_of(logits, r), row);
     step.output.tokens[static_cast<std::size_t>(r)] = static_cast<TokenId>(id);
-    last_tokens_[index(row.slot)] = static_cast<TokenId>(id);
-    if (row.penalised) ++counts_[index(row.slot)][static_cast<std::size_t>(id)];
+    last_tokens_[index(row.slot)] = static_cast<TokenId>(std::max<std::int64_t>(id, 0));
+    if (row.penalised && id >= 0) ++counts_[index(row.slot)][static_cast<std::size_t>(id)];
   });
 }
 
@@ -179,7 +180,7 @@ void CpuBackend::topk_logprobs(const Tensor& logits, Step& base, std::span<const
   output.logprobs.resize(before + requests.size());
   share(static_cast<std::int64_t>(requests.size()), [&](std::int64_t i, int) {
     LogprobRequest request = requests[static_cast<std::size_t>(i)];
-    if (request.sampled >= 0) request.token = output.tokens[static_cast<std::size_t>(request.sampled)];
+    if (request.sampled >= 0) request.token = std::max(output.tokens[static_cast<std::size_t>(request.sampled)], 0);
     output.logprobs[before + static_cast<std::size_t>(i)] = logprobs_of(kernels_, row_of(logits, request.row), request);
   });
 }

@@ -75,7 +75,7 @@ TokenId* CpuBackend::sampled_tokens(Step& step) { return cpu_step(step).output.t
 void CpuBackend::commit_tokens(Step& base) {
   const CpuStep& step = cpu_step(base);
   for (std::size_t i = 0; i < step.logit_slots.size(); ++i)
-    last_tokens_[index(step.logit_slots[i])] = step.output.tokens[i];
+    last_tokens_[index(step.logit_slots[i])] = std::max(step.output.tokens[i], 0);
 }
 
 }  // namespace fastllm::cpu

@@ -180,6 +180,7 @@ struct EngineStats {
   std::int64_t num_preemptions = 0;
   std::int64_t num_finished = 0;  // requests
   std::int64_t num_aborted = 0;   // requests
+  std::int64_t nan_rows = 0;      // results that were not numbers, each of which ended a request
   std::int64_t block_leaks = 0;   // blocks still referenced when the engine was idle: must stay 0
   double host_s = 0;              // the engine thread's time outside its waits: planning, submitting, applying
   double last_step_age_s = 0;     // since the engine thread last finished a turn

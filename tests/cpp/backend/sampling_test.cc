@@ -250,6 +250,38 @@ TEST_P(Sampling, logprobs_ranks_and_alternatives_match_fp64) {
   }
 }
 
+TEST_P(Sampling, rows_without_usable_logits_get_no_token_and_leave_others_alone) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN(), kInf = std::numeric_limits<float>::infinity();
+  const std::vector<SampleRow> kinds = {filters(0, 1, 0, 0),       filters(1, 1, 0, 0), filters(1, 0.9f, 0, 0),
+                                        filters(0.7f, 1, 0.1f, 0), filters(1, 1, 0, 5), filters(1, 0.5f, 0.05f, 50)};
+  const auto n = static_cast<std::int64_t>(kinds.size());
+  for (const std::int64_t vocab : {1, 5, 203, 4099}) {
+    start(vocab);
+    Array good(DType::F32, n, vocab);
+    good.fill(random, 2.0f);
+    const auto alone = sample(good, kinds);
+    for (const TokenId token : alone) EXPECT_TRUE(token >= 0 && token < vocab);
+    const auto check = [&](float value, std::int64_t from, std::int64_t to) {
+      std::vector<SampleRow> rows;
+      Array mixed(DType::F32, 2 * n, vocab);
+      for (std::int64_t r = 0; r < 2 * n; ++r) {
+        rows.push_back(kinds[static_cast<std::size_t>(r / 2)]);
+        rows.back().slot = SlotId{static_cast<std::int32_t>(r)};
+        for (std::int64_t c = 0; c < vocab; ++c)
+          mixed.set(r, c, r % 2 == 0 && from <= c && c < to ? value : good.get(r / 2, c));
+      }
+      const auto tokens = sample(mixed, rows);
+      for (std::int64_t r = 0; r < 2 * n; ++r)
+        EXPECT_EQ(tokens[static_cast<std::size_t>(r)], r % 2 == 0 ? -1 : alone[static_cast<std::size_t>(r / 2)])
+            << value << " at " << from << " to " << to << " of " << vocab << ", row " << r;
+    };
+    for (const float value : {kNaN, -kNaN, kInf, -kInf}) check(value, 0, vocab);
+    for (const float value : {kNaN, -kNaN, kInf})
+      for (const std::int64_t at : {std::int64_t{0}, std::int64_t{random.below(static_cast<int>(vocab))}, vocab - 1})
+        check(value, at, at + 1);
+  }
+}
+
 FASTLLM_TEST_ALL_ISAS(Sampling);
 
 }  // namespace

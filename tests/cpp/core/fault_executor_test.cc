@@ -71,6 +71,53 @@ TEST(Faults, RowWithoutUsableLogitsEndsItsRequestOnly) {
   EXPECT_EQ(other.finish, FinishReason::Length);
   EXPECT_TRUE(loop->stats().healthy);
   EXPECT_EQ(loop->stats().block_leaks, 0);
+  EXPECT_EQ(loop->stats().nan_rows, 1);
+}
+
+// Two requests with the same prompt, one after the other. The second finds 32 tokens in the cache, and the fault in one
+// of its ten steps may be that of who computed them.
+TEST(Faults, RowThatReadOthersKvIsComputedOnceMoreByItself) {
+  for (const char* faults : {"nan@11", "nan@15", "nan@20", "nan@13,nan@14"}) {
+    SCOPED_TRACE(faults);
+    const auto loop = loop_with(faults);
+    std::vector<std::vector<TokenId>> tokens;
+    std::vector<TokenDelta> news;
+    for (std::uint64_t id = 1; id <= 2; ++id) {
+      RequestInput input = request(id);
+      input.prompt.assign(40, 7);
+      input.sampling.max_tokens = 10;
+      input.sampling.temperature = 0;
+      loop->submit(std::move(input));
+      FinishReason finish = FinishReason::None;
+      for (tokens.emplace_back(); finish == FinishReason::None && loop->poll(news, seconds(60));) {
+        for (const TokenDelta& delta : news) {
+          tokens.back().insert(tokens.back().end(), delta.tokens.begin(), delta.tokens.end());
+          EXPECT_EQ(delta.cached_tokens, id == 1 ? 0 : 32);
+          finish = delta.finish;
+        }
+      }
+      EXPECT_EQ(finish, FinishReason::Length);
+    }
+    EXPECT_EQ(tokens[1], tokens[0]);
+    EXPECT_EQ(loop->stats().nan_rows, 0);
+    EXPECT_EQ(loop->stats().block_leaks, 0);
+  }
+}
+
+TEST(Faults, RowWithoutUsableLogitsFailsWhenItsOwnKvIsToBlame) {
+  const auto loop = loop_with("nan@13,nan@17");  // the second comes after the prompt was computed again
+  FinishReason finish = FinishReason::None;
+  for (std::uint64_t id = 1; id <= 2; ++id) {
+    RequestInput input = request(id);
+    input.prompt.assign(40, 7);
+    input.sampling.max_tokens = 10;
+    loop->submit(std::move(input));
+    std::vector<TokenDelta> news;
+    for (finish = FinishReason::None; finish == FinishReason::None && loop->poll(news, seconds(60));)
+      finish = news.back().finish;
+    EXPECT_EQ(finish, id == 1 ? FinishReason::Length : FinishReason::Error);
+  }
+  EXPECT_EQ(loop->stats().nan_rows, 1);
 }
 
 TEST(Faults, FailedStepEndsEveryRequestAndTheEngine) {

@@ -164,5 +164,19 @@ TEST_F(KvManagerTest, ResetForgetsUnreferencedBlocksOnly) {
   EXPECT_EQ(kv_.match_prefix(d, ramp(0, 9)), 8);
 }
 
+TEST_F(KvManagerTest, AForgottenBeginningIsNotMatchedAndItsBlocksAreNotKept) {
+  BlockTable running = computed(ramp(0, 12)), ended = computed(ramp(100, 8));
+  kv_.release(ended);
+  kv_.forget_prefix(running.root, ramp(0, 10));  // the first two blocks of four tokens
+  BlockTable again = table(), other = table();
+  EXPECT_EQ(kv_.match_prefix(again, ramp(0, 13)), 0);
+  EXPECT_EQ(kv_.match_prefix(other, ramp(100, 9)), 8);
+  kv_.release(other);
+  kv_.release(running);
+  kv_.forget_prefix(again.root, ramp(100, 8));
+  EXPECT_EQ(kv_.snapshot().used, 0);
+  EXPECT_EQ(kv_.snapshot().cached, 1) << "what was published below a forgotten node, until it is evicted";
+}
+
 }  // namespace
 }  // namespace fastllm::test

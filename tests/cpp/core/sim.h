@@ -182,4 +182,15 @@ inline RequestInput request(std::uint64_t id, std::vector<TokenId> prompt, int m
   return input;
 }
 
+// What the request gets when nothing else runs.
+inline std::vector<TokenId> alone(SimConfig c, RequestInput input) {
+  c.engine.num_blocks = 1000;
+  c.engine.async_depth = 1;
+  Sim sim(c);
+  const std::uint64_t id = input.id;
+  sim.add(std::move(input));
+  sim.run();
+  return sim.output(id).tokens;
+}
+
 }  // namespace fastllm::test

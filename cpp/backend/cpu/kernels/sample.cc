@@ -1,6 +1,7 @@
 // Reductions over one row of logits.
 //
-//   argmax: lowest i with the greatest x[i]          sum_exp: sum_i exp((x[i] - shift) * scale)
+//   row_max: max_i x[i], NaN if any x[i] is          argmax: lowest i with it, -1 unless it is finite
+//   sum_exp: sum_i exp((x[i] - shift) * scale)
 //   gumbel_argmax: argmax_i x[i] / temperature - ln(-ln u_i) over the tokens that take part: a draw from their softmax
 //
 // u_i = (word >> 9 + 1/2) / 2^23, word = the first output of Philox4x32-10 with key = seed and counter = (i, 0,
@@ -24,15 +25,22 @@ inline vf load_logits(const float* x, int64_t lanes) {
 float row_max(const float* x, int64_t n) {
   vf m[4];  // four chains hide the latency
   for (vf& v : m) v = set1(lowest());
+  vi ill{};
+  const auto take = [&](vf v, vf& most) {
+    ill |= v != v;
+    most = max(v, most);
+  };
   int64_t i = 0;
   for (; i + 4 * kW <= n; i += 4 * kW)
-    for (int v = 0; v < 4; ++v) m[v] = max(load(x + i + v * kW), m[v]);
-  for_vectors(n - i, [&](int64_t j, int64_t lanes) { m[0] = max(load_logits(x + i + j, lanes), m[0]); });
-  return max_of(max(max(m[0], m[1]), max(m[2], m[3])));
+    for (int v = 0; v < 4; ++v) take(load(x + i + v * kW), m[v]);
+  for_vectors(n - i, [&](int64_t j, int64_t lanes) { take(load_logits(x + i + j, lanes), m[0]); });
+  return any(ill) ? __builtin_nanf("") : max_of(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
 int64_t argmax(const float* x, int64_t n) {
-  const vf m = set1(row_max(x, n));
+  const float greatest = row_max(x, n);
+  if (!(greatest - greatest == 0.0f)) return -1;
+  const vf m = set1(greatest);
   for (int64_t i = 0; i < n; i += kW) {
     const int64_t lanes = n - i < kW ? n - i : kW;
     const vi equal = load_logits(x + i, lanes) == m;
@@ -40,7 +48,7 @@ int64_t argmax(const float* x, int64_t n) {
     for (int l = 0; l < lanes; ++l)
       if (equal[l]) return i + l;
   }
-  return 0;
+  return -1;
 }
 
 double sum_exp(const float* x, int64_t n, float shift, float scale) {
