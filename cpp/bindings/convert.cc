@@ -78,6 +78,11 @@ py::list ids_to_list(std::span<const std::int32_t> ids) {
   throw Error(std::string(who) + " raised " + e.what());
 }
 
+// The same of the server's own code, whose sentences reach clients: those need no file names and lines.
+[[noreturn]] void rethrow_sentence(const py::error_already_set& e) {
+  throw Error(py::str(e.value()).cast<std::string>());
+}
+
 class PyLogitsProcessor : public LogitsProcessor {
  public:
   explicit PyLogitsProcessor(py::object callable) : callable_(share(std::move(callable))) {}
@@ -117,7 +122,7 @@ class PyTokenMask : public TokenMask {
                                       py::capsule(bits.data(), [](void*) {}));
       mask_->attr("fill")(view);
     } catch (py::error_already_set& e) {
-      rethrow("the token mask", e);
+      rethrow_sentence(e);
     }
   }
 
@@ -126,7 +131,7 @@ class PyTokenMask : public TokenMask {
     try {
       return mask_->attr("accept")(token).cast<bool>();
     } catch (py::error_already_set& e) {
-      rethrow("the token mask", e);
+      rethrow_sentence(e);
     }
   }
 
@@ -137,7 +142,7 @@ class PyTokenMask : public TokenMask {
     try {
       return std::make_shared<PyTokenMask>(mask_->attr("clone")());
     } catch (py::error_already_set& e) {
-      rethrow("the token mask", e);
+      rethrow_sentence(e);
     }
   }
 
@@ -146,6 +151,27 @@ class PyTokenMask : public TokenMask {
 };
 
 }  // namespace
+
+std::optional<std::span<const TokenId>> id_buffer(const py::object& ids, py::buffer_info& info) {
+  if (!PyObject_CheckBuffer(ids.ptr())) return std::nullopt;
+  info = py::reinterpret_borrow<py::buffer>(ids).request();
+  const bool fits = info.ndim == 1 && info.strides[0] == info.itemsize && info.item_type_is_equivalent_to<TokenId>();
+  if (!fits) throw py::type_error("token ids must be a list, or a contiguous buffer of 32-bit ints");
+  return std::span(static_cast<const TokenId*>(info.ptr), static_cast<std::size_t>(info.size));
+}
+
+std::vector<TokenId> token_ids(const char* what, const py::object& ids) {
+  py::buffer_info info;
+  if (const auto buffer = id_buffer(ids, info)) return {buffer->begin(), buffer->end()};
+  const py::list list = id_list(ids);
+  std::vector<TokenId> out(list.size());
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const std::optional<TokenId> id = token_id(list, i);
+    if (!id) throw InvalidArgument(std::string(what) + "[" + std::to_string(i) + "] is no 32-bit int.");
+    out[i] = *id;
+  }
+  return out;
+}
 
 SourceType source_type_from_name(const std::string& name) { return from_name(kSourceTypes, name, "source type"); }
 WeightTransform transform_from_name(const std::string& name) { return from_name(kTransforms, name, "transform"); }

@@ -7,8 +7,10 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "fastllm/error.h"
 #include "fastllm/types.h"
@@ -30,6 +32,14 @@ const char* name_of(SchedulingPolicy policy);
 py::object finish_name(FinishReason reason);     // None while running
 py::object error_kind_name(ErrorKind kind);      // None without an error
 py::object wait_reason_name(WaitReason reason);  // None while nobody waits
+
+// The ids in a contiguous buffer of 32-bit ints, such as array('i'); nothing if it is none. The buffer info keeps them.
+std::optional<std::span<const TokenId>> id_buffer(const py::object& ids, py::buffer_info& info);
+
+inline py::list id_list(const py::object& ids) {
+  if (!py::isinstance<py::list>(ids)) throw py::type_error("token ids must be a list, or a buffer of 32-bit ints");
+  return py::reinterpret_borrow<py::list>(ids);
+}
 
 // Element i; nothing unless it is an int, and no bool, that fits. Prompts have thousands: pybind's own conversion takes
 // four times as long.
@@ -53,7 +63,11 @@ SourceTensor source_tensor(const std::string& name, const std::string& type, std
 std::shared_ptr<LogitsProcessor> logits_processor(const py::object& callable);  // None gives null
 std::shared_ptr<TokenMask> token_mask(const py::object& mask);                  // None gives null
 
+// Token ids of a list, or of a contiguous buffer of 32-bit ints; `what` names it in errors. Throws InvalidArgument.
+std::vector<TokenId> token_ids(const char* what, const py::object& ids);
+
 void bind_types(py::module_& m);
 void bind_engine(py::module_& m);
+void bind_json(py::module_& m);
 
 }  // namespace fastllm

@@ -33,12 +33,21 @@ std::chrono::milliseconds milliseconds(double seconds) {
   return std::chrono::milliseconds(static_cast<std::int64_t>(std::fmin(seconds, 1e6) * 1e3));
 }
 
+// A model's spec comes from its files, so what is wrong with it is wrong with them.
+ModelSpec spec_of_files(const std::string& json) {
+  try {
+    return spec_from_json(json);
+  } catch (const InvalidArgument& e) {
+    throw LoadError(e.what());
+  }
+}
+
 EngineHolder create(const EngineConfig& config, const std::string& spec_json, std::vector<WeightBinding> weights,
                     const py::object& progress) {
   LoadProgress report = progress_of(progress);
   py::gil_scoped_release release;
   return EngineHolder(
-      Engine::create(config, ModelSource{spec_from_json(spec_json), std::move(weights)}, std::move(report)).release());
+      Engine::create(config, ModelSource{spec_of_files(spec_json), std::move(weights)}, std::move(report)).release());
 }
 
 EngineHolder open(const EngineConfig& config, const std::string& bundle_dir, const py::object& progress) {
@@ -53,22 +62,12 @@ EngineHolder create_null(const EngineConfig& config, int vocab, int max_len, std
   return EngineHolder(Engine::create_null(config, NullModel{vocab, max_len, std::move(eos), step_us}).release());
 }
 
-std::vector<TokenId> token_ids(const py::list& ids) {
-  std::vector<TokenId> out(ids.size());
-  for (std::size_t i = 0; i < out.size(); ++i) {
-    const std::optional<TokenId> id = token_id(ids, i);
-    if (!id) throw InvalidArgument("prompt[" + std::to_string(i) + "] is no 32-bit int.");
-    out[i] = *id;
-  }
-  return out;
-}
-
-void submit(Engine& engine, std::uint64_t id, const py::list& prompt, const SamplingParams& params, int priority,
+void submit(Engine& engine, std::uint64_t id, const py::object& prompt, const SamplingParams& params, int priority,
             std::optional<double> timeout_s, std::string cache_salt, const py::object& processor,
             const py::object& mask) {
   RequestInput input;
   input.id = id;
-  input.prompt = token_ids(prompt);
+  input.prompt = token_ids("prompt", prompt);
   input.sampling = params;
   input.priority = priority;
   if (timeout_s) input.deadline = Clock::now() + milliseconds(*timeout_s);

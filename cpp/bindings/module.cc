@@ -1,7 +1,8 @@
 // The native module fastllm._core; its Python signatures are in python/fastllm/_core.pyi.
+#include <algorithm>
+
 #include "backend/backend.h"
 #include "base/cpu_placement.h"
-#include "base/json_shape.h"
 #include "bindings/convert.h"
 #include "fastllm/version.h"
 #include "model/bundle_writer.h"
@@ -34,22 +35,19 @@ py::array_t<float> dequantize_rows(const std::string& type, const py::object& da
   return out;
 }
 
-std::optional<std::size_t> first_outside(const py::list& ids, int vocab) {
-  for (std::size_t i = 0, size = ids.size(); i < size; ++i) {
-    const std::optional<TokenId> id = token_id(ids, i);
+std::optional<std::size_t> first_outside(const py::object& ids, int vocab) {
+  py::buffer_info info;
+  if (const auto buffer = id_buffer(ids, info)) {
+    const auto found = std::ranges::find_if(*buffer, [vocab](TokenId id) { return id < 0 || id >= vocab; });
+    if (found == buffer->end()) return std::nullopt;
+    return static_cast<std::size_t>(found - buffer->begin());
+  }
+  const py::list list = id_list(ids);
+  for (std::size_t i = 0, size = list.size(); i < size; ++i) {
+    const std::optional<TokenId> id = token_id(list, i);
     if (!id || *id < 0 || *id >= vocab) return i;
   }
   return std::nullopt;
-}
-
-py::tuple json_shape_of(const py::bytes& text) {
-  const std::string_view view = text;  // the caller's reference keeps it
-  JsonShape shape;
-  {
-    py::gil_scoped_release release;
-    shape = json_shape(view);
-  }
-  return py::make_tuple(shape.depth, shape.keys, shape.elements);
 }
 
 }  // namespace
@@ -68,6 +66,7 @@ PYBIND11_MODULE(_core, m) {
 
   bind_types(m);
   bind_engine(m);
+  bind_json(m);
 
   m.def("dequantize", &dequantize_rows, py::arg("type"), py::arg("data"), py::arg("rows"), py::arg("cols"));
   m.def(
@@ -80,7 +79,6 @@ PYBIND11_MODULE(_core, m) {
       py::arg("spec_json"), py::arg("weights"), py::arg("path"), py::arg("dtype"),
       py::call_guard<py::gil_scoped_release>());
   m.def("first_outside", &first_outside, py::arg("ids"), py::arg("vocab"));
-  m.def("json_shape", &json_shape_of, py::arg("text"));
   m.def("usable_cores", &usable_cores);
   m.def("cuda_device_count", [] {
     std::string why;

@@ -12,7 +12,15 @@ from fastllm.errors import LoadError
 from fastllm.loader.files import check_file, read_json
 from fastllm.template_renderer import TemplateRenderer
 
-_LONG_TEXT = 2000  # characters; from here on other threads run meanwhile: only encode_batch gives up the GIL
+_LONG_TEXT = 2000  # characters or tokens; from here on other threads run meanwhile: only batches give up the GIL
+
+
+class TooManyTokens(ValueError):
+    """A text has `count` tokens, more than the caller takes."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"The text has {count} tokens.")
+        self.count = count
 
 
 class Tokenizer:
@@ -59,14 +67,23 @@ class Tokenizer:
         token = self.special_tokens.get(name)
         return None if token is None else self.backend.token_to_id(token)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """Raises TooManyTokens, before it makes a list of them, for a text of more than `most` tokens."""
         if len(text) < _LONG_TEXT:
-            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        return list(self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            encoding = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+        count = len(encoding)
+        if most is not None and count > most:
+            del encoding  # here: the traceback would keep it for whichever thread collects next, for 0.2 s
+            raise TooManyTokens(count)
+        return encoding.ids
 
     def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = True) -> str:
-        chosen = [ids] if isinstance(ids, int) else list(ids)
-        return self.backend.decode(chosen, skip_special_tokens=skip_special_tokens)
+        chosen = [ids] if isinstance(ids, int) else ids if isinstance(ids, list) else list(ids)
+        if len(chosen) < _LONG_TEXT:
+            return self.backend.decode(chosen, skip_special_tokens=skip_special_tokens)
+        return self.backend.decode_batch([chosen], skip_special_tokens=skip_special_tokens)[0]
 
     def token_to_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)

@@ -12,11 +12,13 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET
 
-from fastllm.outputs import CompletionOutput, RequestOutput
+from fastllm.outputs import CompletionOutput, RequestOutput, TokenIds
 from fastllm.server import admission
 from fastllm.server.body import read_json
+from fastllm.server.elsewhere import worked
 from fastllm.server.generation import Job, UsageCounter, accepted, collect, first_then_rest, run
 from fastllm.server.logprobs import Position, TextPlace, TokenNames, completion_logprobs, prompt_logprobs
+from fastllm.server.long_answer import json_response, long_answer, raw_array
 from fastllm.server.middleware import harmless_id
 from fastllm.server.params import output_room, sampling_params
 from fastllm.server.prompts import encode_prompt, prompt_text
@@ -54,13 +56,14 @@ async def handle(request: web.Request) -> web.StreamResponse:
         call = _Call(state, body, jobs, wire_id("cmpl", request, body.request_id))
         if body.stream:
             return await call.stream(request)
-        return web.Response(body=await call.answer(), content_type="application/json", charset="utf-8")
+        return json_response(await call.answer())
 
 
-async def _job(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> Job:
+async def _job(state: ServerState, body: CompletionRequest, prompt: str | TokenIds) -> Job:
     special = body.add_special_tokens is not False
     ids = await encode_prompt(state, prompt, special, body.truncate_prompt_tokens, output_room(body))
-    return Job(ids, sampling_params(state, body, len(ids), "prompt"), prompt_text(state, prompt) if body.echo else None)
+    params = sampling_params(state, body, len(ids), "prompt")
+    return Job(ids, params, await prompt_text(state, prompt) if body.echo else None)
 
 
 class _Call:
@@ -85,6 +88,9 @@ class _Call:
 
     async def answer(self) -> bytes:
         outputs = await collect(self.state, self.jobs, self.id, self.body)
+        return await worked(self.state, long_answer(outputs, self.body), self._answer, outputs)
+
+    def _answer(self, outputs: Sequence[RequestOutput]) -> bytes:
         choices: list[CompletionChoice] = []
         for number, (job, output) in enumerate(zip(self.jobs, outputs, strict=True)):
             self._count(number, output)
@@ -118,10 +124,12 @@ class _Call:
                 choice.logprobs = lead
         choice.routed_experts = None
         wants_prompt = self.body.prompt_logprobs is not None
-        choice.prompt_logprobs = prompt_logprobs(self.names, output.prompt_logprobs) if wants_prompt else None
+        choice.prompt_logprobs = (
+            raw_array(prompt_logprobs(self.names, output.prompt_logprobs)) if wants_prompt else None
+        )
         if self.body.return_token_ids:
             choice.token_ids = tokens
-            choice.prompt_token_ids = job.prompt_ids
+            choice.prompt_token_ids = list(job.prompt_ids)
         return choice
 
     def _logprobs(
@@ -188,7 +196,7 @@ class _Call:
                 choice.text = (job.text or "") + text
                 lead = self._prompt_part(job, output, places[index]) if self.body.logprobs is not None else None
             if self.body.return_token_ids:
-                choice.prompt_token_ids = job.prompt_ids
+                choice.prompt_token_ids = list(job.prompt_ids)
         if self.body.logprobs is not None and (tokens or lead):
             part = self._logprobs(tokens, sample.logprobs or [], places[index])
             if lead is not None:

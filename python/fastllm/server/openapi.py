@@ -29,6 +29,7 @@ class Operation:
     response: type[msgspec.Struct] | None = None
     statuses: tuple[int, ...] = ()  # besides 200 and those every request may get
     streams: type[msgspec.Struct] | None = None  # the chunks of a streamed answer
+    events: bool = False  # streams events of several types
     text: bool = False  # answers plain text
 
 
@@ -56,6 +57,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Answers a conversation in the form of OpenAI's Responses.",
         responses_protocol.ResponsesRequest,
         statuses=_MODEL_ERRORS,
+        events=True,
     ),
     ("POST", "/v1/responses/input_tokens"): Operation(
         "The length of a conversation in tokens.",
@@ -77,6 +79,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Answers a conversation in the form of Anthropic's Messages.",
         messages_protocol.MessagesRequest,
         statuses=_MODEL_ERRORS,
+        events=True,
     ),
     ("POST", "/v1/messages/count_tokens"): Operation(
         "The length of a conversation in tokens.",
@@ -94,6 +97,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/live"): Operation("The process runs."),
     ("GET", "/health"): Operation("The engine runs."),
+    ("GET", "/health/deep"): Operation("The model says what it said before, by one token."),
     ("GET", "/ready"): Operation("The server takes requests."),
     ("GET", "/ping"): Operation("The same as /health."),
     ("POST", "/ping"): Operation("The same as /health."),
@@ -138,12 +142,15 @@ def _operation(method: str, path: str, operation: Operation) -> dict[str, Any]:
         answer = {"text/plain": {"schema": {"type": "string"}}}
     if operation.streams is not None:
         described = f"Events whose data are `{operation.streams.__name__}` objects, then `[DONE]`."
-        answer["text/event-stream"] = {"schema": {"type": "string", "description": described}}
+        answer["text/event-stream"] = {"schema": {"description": described}}
+    if operation.events:
+        described = "Events whose data are objects that name their `type`."
+        answer["text/event-stream"] = {"schema": {"description": described}}
     refusal = {"application/json": {"schema": _ref(ErrorEnvelope)}}
     result: dict[str, Any] = {
         "summary": operation.summary,
         "responses": {"200": {"description": "The answer.", "content": answer}}
-        | {str(status): {"description": "A refusal.", "content": refusal} for status in (*operation.statuses, 401)}
+        | {str(status): {"description": "A refusal.", "content": refusal} for status in (*operation.statuses, 401, 403)}
         | {"503": {"description": "Loading, draining or overloaded.", "content": {"application/json": {}}}},
     }
     if operation.request is not None:

@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from fastllm.server.admission import check_text_length, check_tokens
+from fastllm.outputs import TokenIds
+from fastllm.server.admission import check_text_length, check_tokens, context_exceeded
+from fastllm.server.elsewhere import worked
 from fastllm.server.errors import bad_request
+from fastllm.server.memory import return_free_blocks
 from fastllm.server.protocol import ChatMessage, ChatRequest, TokenizeRequest
 from fastllm.server.state import ServerState
-from fastllm.server.template_kwargs import check_documents, check_template_kwargs
+from fastllm.server.template_kwargs import check_documents, check_template_kwargs, effort_variables
 from fastllm.server.tools.prompt import spelled_out
 from fastllm.server.tools.request import Tools, with_parsed_arguments
+from fastllm.tokenizer import TooManyTokens
+
+_MUCH_TEXT = 256 << 10  # characters, each of which may have been a token with several blocks of memory
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 HasMessages = ChatRequest | TokenizeRequest
 
 
-async def encode_text(state: ServerState, text: str, add_special_tokens: bool, param: str) -> list[int]:
+async def encode_text(
+    state: ServerState, text: str, add_special_tokens: bool, param: str, *, fits: bool = False
+) -> list[int]:
+    """fits: what leaves no room in the context is refused, before there is a list of its tokens."""
     check_text_length(state, len(text), param)
-    encode = state.llm.tokenizer.encode
+    long = len(text) > state.limits.inline_tokenize_chars
     try:
-        if len(text) <= state.limits.inline_tokenize_chars:
-            return encode(text, add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(state.workers, encode, text, add_special_tokens)
+        return await worked(state, long, _encode, state, text, add_special_tokens, param, fits)
     except UnicodeEncodeError:
         raise bad_request(f"{param} contains characters that are no valid Unicode.", param, "invalid_unicode") from None
 
 
+def _encode(state: ServerState, text: str, add_special_tokens: bool, param: str, fits: bool) -> list[int]:
+    max_len = state.llm.model_config.max_model_len
+    try:
+        return state.llm.tokenizer.encode(text, add_special_tokens, max_len - 1 if fits else None)
+    except TooManyTokens as exc:
+        raise context_exceeded(max_len, exc.count, param) from None
+    finally:
+        if len(text) > _MUCH_TEXT:
+            return_free_blocks()  # the allocator would tidy up whenever the event loop next frees something, for 20 ms
+
+
 async def encode_prompt(
-    state: ServerState, prompt: str | list[int], add_special_tokens: bool, truncate: int | None, room: int
-) -> list[int]:
+    state: ServerState, prompt: str | TokenIds, add_special_tokens: bool, truncate: int | None, room: int
+) -> TokenIds:
     """One prompt of a completions call; for `truncate` and `room` see truncate_ids()."""
     if isinstance(prompt, str):
-        ids = await encode_text(state, prompt, add_special_tokens, "prompt")
+        ids: TokenIds = await encode_text(state, prompt, add_special_tokens, "prompt", fits=truncate is None)
     else:
         ids = prompt
     ids = truncate_ids(state, ids, truncate, room)
@@ -44,7 +60,7 @@ async def encode_prompt(
     return ids
 
 
-def truncate_ids(state: ServerState, ids: list[int], truncate: int | None, room: int) -> list[int]:
+def truncate_ids(state: ServerState, ids: TokenIds, truncate: int | None, room: int) -> TokenIds:
     """The last `truncate` tokens; -1: as many as leave `room` positions of the context for the output."""
     if truncate is None:
         return ids
@@ -55,44 +71,49 @@ def truncate_ids(state: ServerState, ids: list[int], truncate: int | None, room:
 
 
 async def encode_messages(
-    state: ServerState, request: HasMessages, add_special_tokens: bool, tools: Tools | None = None
+    state: ServerState,
+    request: HasMessages,
+    add_special_tokens: bool,
+    tools: Tools | None = None,
+    *,
+    fits: bool = False,
 ) -> tuple[str, list[int]]:
-    """The rendered prompt and its tokens. tools: what the model may call."""
-    messages = [_for_template(message, index) for index, message in enumerate(request.messages or ())]
-    chars = sum(len(message["content"] or "") for message in messages)
-    check_text_length(state, chars, "messages")
+    """The rendered prompt and its tokens. tools: what the model may call. fits: as in encode_text()."""
+    given = request.messages or []
     kwargs = request.chat_template_kwargs or {}
     check_template_kwargs(state, kwargs)
     check_documents(state, request.documents)
-    variables = kwargs if request.documents is None else {**kwargs, "documents": request.documents}
+    variables = dict(kwargs) if request.documents is None else {**kwargs, "documents": request.documents}
     continue_final = bool(request.continue_final_message)
     if request.add_generation_prompt is None:
         add_generation_prompt = not continue_final
     else:
         add_generation_prompt = request.add_generation_prompt
-    if continue_final and messages[-1]["role"] != "assistant":
+    if continue_final and given[-1].role != "assistant":
         raise bad_request("continue_final_message needs a last message of the assistant.", "continue_final_message")
     tokenizer = state.llm.tokenizer
-    if not state.dialect.tools_in_template:
-        messages, tools = spelled_out(messages, tools, state.dialect.system_in_template), None
     if isinstance(request, ChatRequest) and request.reasoning_effort is not None:
-        thinks = request.reasoning_effort != "none"
-        kwargs = {"reasoning_effort": request.reasoning_effort, "enable_thinking": thinks} | kwargs
+        variables = effort_variables(request.reasoning_effort) | variables
 
     def render_and_encode() -> tuple[str, list[int]]:
+        messages = [_for_template(message, index) for index, message in enumerate(given)]
+        check_text_length(state, sum(len(message["content"] or "") for message in messages), "messages")
+        in_template = state.dialect.tools_in_template
+        if not in_template:
+            messages = spelled_out(messages, tools, state.dialect.system_in_template)
         text = tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=add_generation_prompt,
-            tools=None if tools is None else tools.tools,
+            tools=tools.tools if tools is not None and in_template else None,
             continue_final_message=continue_final,
             chat_template=state.llm.model_config.chat_template,
             **variables,
         )
         check_text_length(state, len(text), "messages")
-        return text, tokenizer.encode(text, add_special_tokens)
+        return text, _encode(state, text, add_special_tokens, "messages", fits)
 
     try:
-        return await asyncio.get_running_loop().run_in_executor(state.workers, render_and_encode)
+        return await worked(state, True, render_and_encode)
     except UnicodeEncodeError:
         raise bad_request("messages contain characters that are no valid Unicode.", "messages") from None
     except (ValueError, TypeError, RecursionError) as exc:
@@ -124,6 +145,9 @@ def _for_template(message: ChatMessage, index: int) -> dict[str, Any]:
     return result
 
 
-def prompt_text(state: ServerState, prompt: str | Sequence[int]) -> str:
+async def prompt_text(state: ServerState, prompt: str | TokenIds) -> str:
     """What `echo` repeats."""
-    return prompt if isinstance(prompt, str) else state.llm.tokenizer.decode(list(prompt), skip_special_tokens=False)
+    if isinstance(prompt, str):
+        return prompt
+    long = len(prompt) > state.limits.inline_tokenize_chars
+    return await worked(state, long, state.llm.tokenizer.decode, prompt, skip_special_tokens=False)
