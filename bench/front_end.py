@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import re
@@ -77,6 +78,14 @@ async def probe(port: int, lags: list[float], stop: asyncio.Event) -> None:
         await asyncio.sleep(0.02)
 
 
+def loop_lags(port: int) -> dict[float, int]:
+    """How often the event loop was late by at most so many seconds, of the ticks it has counted so far."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    found = re.findall(r'fastllm:event_loop_lag_seconds_bucket\{le="([^"]+)"[^}]*\} (\S+)', text)
+    return {float(bound): int(float(count)) for bound, count in found}
+
+
 def cpu_seconds(pid: int | None) -> float:
     """Of the process and all its threads so far; Linux. Zero for a server that is not ours."""
     if pid is None:
@@ -110,12 +119,15 @@ async def load(server: int | None, port: int, args: argparse.Namespace) -> dict[
     stop = asyncio.Event()
     probing = asyncio.create_task(probe(port, lags, stop))
     requests = [request() for _ in range(args.streams)]
+    before = await asyncio.to_thread(loop_lags, port)
     start, cpu = time.perf_counter(), cpu_seconds(server)
     streams = [(await loop.create_connection(partial(Stream, data), "127.0.0.1", port))[1] for data in requests]
     await asyncio.gather(*(stream.done for stream in streams))
     seconds, cpu = time.perf_counter() - start, cpu_seconds(server) - cpu
     stop.set()
     await probing
+    ticks = {bound: count - before[bound] for bound, count in (await asyncio.to_thread(loop_lags, port)).items()}
+    counted = ticks[math.inf] or math.nan  # none: it was over before the first
     tokens, events = sum(s.tokens for s in streams), sum(s.events for s in streams)
     return {
         "tokens": tokens,
@@ -124,6 +136,8 @@ async def load(server: int | None, port: int, args: argparse.Namespace) -> dict[
         "tokens_per_event": tokens / events,
         "server_us_per_event": cpu / events * 1e6,
         "first_event_p99_ms": percentile([s.first for s in streams], 0.99) * 1e3,
+        "loop_within_10ms_percent": ticks[0.01] / counted * 100,
+        "loop_within_20ms_percent": ticks[0.02] / counted * 100,
         "live_p50_ms": percentile(lags, 0.5) * 1e3,
         "live_p99_ms": percentile(lags, 0.99) * 1e3,
     }

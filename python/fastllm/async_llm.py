@@ -29,7 +29,8 @@ from fastllm.tokenizer import Tokenizer
 log = logging.getLogger("fastllm")
 
 _LONG_TEXT = 2000  # characters; longer ones are tokenised in a worker thread
-_SLICE = 24  # samples handed out in one turn of the loop; each costs up to 0.2 ms until its event is written
+_FEW_POSITIONS = 100  # of a prompt; log-probabilities of more are looked at in a worker thread
+_SLICE = 8  # samples handed out in one turn of the loop; each costs up to 0.2 ms until its event is written
 
 
 @dataclass
@@ -163,6 +164,8 @@ class AsyncLLM:
             while True:
                 await stream.event.wait()
                 stream.event.clear()
+                if state.num_unscored > _FEW_POSITIONS:
+                    await asyncio.to_thread(state.score_prompt)
                 output = state.take()
                 if output is not None:
                     yield output
@@ -247,8 +250,8 @@ class AsyncLLM:
         if self._stopped:
             return
         report = StepReport()
-        now = time.monotonic()
         changed = self._client.poll(limit=_SLICE)
+        now = time.monotonic()  # not before: the engine went on until the poll
         if self._client.has_unread and self._loop is not None and not self._continuing:
             self._continuing = True
             self._loop.call_soon(self._continue)

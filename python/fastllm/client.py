@@ -28,14 +28,14 @@ from fastllm.loader.model import ModelFiles, open_model
 from fastllm.loader.tensors import FileTensor, PageRelease
 from fastllm.logits import core_processor
 from fastllm.output_processor import OutputProcessor, RequestState
-from fastllm.outputs import TokensPrompt
+from fastllm.outputs import TokenIds, TokensPrompt
 from fastllm.progress import Progress
 from fastllm.sampling import RequestOutputKind, SamplingParams
 from fastllm.tokenizer import Tokenizer, byte_tokenizer
 
 log = logging.getLogger("fastllm")
 
-PromptType = str | list[int] | TokensPrompt
+PromptType = str | TokenIds | TokensPrompt
 
 _NULL_MAX_LEN = 4096  # tokens
 # Of grammars that come from the program itself and not from a stranger.
@@ -45,7 +45,7 @@ _OWN_LIMITS = GrammarLimits(max_schema_bytes=4 << 20, max_schema_nodes=200_000, 
 @dataclass
 class PreparedPrompt:
     text: str | None
-    token_ids: list[int]
+    token_ids: TokenIds
     cache_salt: str = ""
     bad_words: list[list[int]] = field(default_factory=list)
     grammar: CompiledGrammar | None = None
@@ -192,6 +192,8 @@ class EngineClient:
                 return PreparedPrompt(prompt.get("prompt"), list(prompt["prompt_token_ids"]), salt)
             if isinstance(prompt.get("prompt"), str):
                 return PreparedPrompt(prompt["prompt"], self.tokenizer.encode(prompt["prompt"]), salt)
+        elif isinstance(prompt, memoryview):
+            return PreparedPrompt(None, prompt)
         elif isinstance(prompt, Sequence):
             return PreparedPrompt(None, list(prompt))
         raise ValueError(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastllm.detokenizer import IncrementalDetokenizer
 from fastllm.errors import RequestError
-from fastllm.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
+from fastllm.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput, TokenIds
 from fastllm.sampling import RequestOutputKind, SamplingParams
 from fastllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from fastllm import _core
+
+_SCORED_AT_ONCE = 100  # positions
 
 
 @dataclass
@@ -63,7 +66,7 @@ class RequestState:
         request_id: str,
         core_id: int,
         prompt: str | None,
-        prompt_token_ids: list[int],
+        prompt_token_ids: TokenIds,
         params: SamplingParams,
         kind: RequestOutputKind,
         tokenizer: Tokenizer,
@@ -77,6 +80,8 @@ class RequestState:
         self.metrics = RequestMetrics()
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[PositionLogprobs | None] | None = None
+        self._tokenizer = tokenizer
+        self._unscored: deque[_core.TokenDelta] = deque()  # with what is missing in prompt_logprobs
         self.error: RequestError | None = None
         self.sequences = [
             SequenceState(
@@ -88,6 +93,26 @@ class RequestState:
         ]
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
+
+    @property
+    def num_unscored(self) -> int:
+        """Positions of the prompt that score_prompt() has before it."""
+        return sum(delta.num_prompt_logprobs for delta in self._unscored)
+
+    def leave_unscored(self, delta: _core.TokenDelta) -> None:
+        self._unscored.append(delta)
+
+    def score_prompt(self) -> None:
+        """Adds to prompt_logprobs what the engine has found. take() does so if nobody did; tens of us a position.
+
+        Callable from any thread, in pieces after which other threads get their turn.
+        """
+        while self._unscored:
+            delta = self._unscored.popleft()
+            assert self.prompt_logprobs is not None
+            for begin in range(0, delta.num_prompt_logprobs, _SCORED_AT_ONCE):
+                found = delta.prompt_logprobs(begin, _SCORED_AT_ONCE)
+                self.prompt_logprobs += [_position(self._tokenizer, position) for position in found]
 
     @property
     def finished(self) -> bool:
@@ -111,6 +136,7 @@ class RequestState:
             chosen = self.sequences if any(s.has_news() for s in self.sequences) else []
         if not chosen:
             return None
+        self.score_prompt()
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
@@ -180,8 +206,8 @@ class OutputProcessor:
         if finish == "error":
             state.error = RequestError(delta.error, delta.error_kind or "engine")
             return False
-        if state.prompt_logprobs is not None and delta.prompt_logprobs:
-            state.prompt_logprobs += [self._position(p) for p in delta.prompt_logprobs]
+        if state.prompt_logprobs is not None and delta.num_prompt_logprobs:
+            state.leave_unscored(delta)
         sequence = state.sequences[delta.index]
         if sequence.finish_reason is None:
             self._extend(sequence, state.params, delta, finish)
@@ -210,11 +236,11 @@ class OutputProcessor:
             for position in delta.logprobs[: len(tokens)]:
                 sequence.cumulative_logprob += position[0][1]
                 if sequence.logprobs is not None:
-                    sequence.logprobs.append(self._position(position))
+                    sequence.logprobs.append(_position(self._tokenizer, position))
 
-    def _position(self, position: _core.PositionLogprobs) -> PositionLogprobs:
-        chosen, alternatives = position
-        return {
-            token: Logprob(logprob, rank, self._tokenizer.token_str(token))
-            for token, logprob, rank in [chosen, *alternatives]
-        }
+
+def _position(tokenizer: Tokenizer, position: _core.PositionLogprobs) -> PositionLogprobs:
+    chosen, alternatives = position
+    return {
+        token: Logprob(logprob, rank, tokenizer.token_str(token)) for token, logprob, rank in [chosen, *alternatives]
+    }

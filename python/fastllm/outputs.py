@@ -13,8 +13,13 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
+    "TokenIds",
     "TokensPrompt",
 ]
+
+
+# A list, or a view of 32-bit ints such as memoryview(array("i")), which large prompts are cheaper in.
+TokenIds = list[int] | memoryview
 
 
 class _TokensPrompt(TypedDict):
@@ -80,7 +85,7 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds  # as they were given
     prompt_logprobs: list[PositionLogprobs | None] | None
     outputs: list[CompletionOutput]
     finished: bool

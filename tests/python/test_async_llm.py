@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -190,6 +191,26 @@ def test_observers_see_every_token_once() -> None:
     assert sorted(f.request_id for f in finished) == [str(i) for i in range(6)]
     assert all(f.finish_reasons == ["length"] and f.metrics.finished_time > 0 for f in finished)
     assert sum(len(r.first_token_s) for r in reports) == 6
+
+
+def test_no_token_takes_less_than_no_time() -> None:
+    """The engine goes on while its results are about to be read: a request may begin and end just before."""
+    reports: list[StepReport] = []
+
+    async def test(engine: AsyncLLM) -> None:
+        read = engine._client.poll
+
+        def late(limit: int) -> Any:
+            time.sleep(0.1)
+            return read(limit=limit)
+
+        engine._client.poll = late  # type: ignore[method-assign]
+        engine.add_step_observer(reports.append)
+        await asyncio.gather(*(collect(engine, str(i), params(max_tokens=400)) for i in range(6)))
+
+    run(test, max_num_seqs=1)
+    assert sum(tokens for r in reports for _, tokens in r.inter_token_s) == 6 * 399
+    assert all(seconds >= 0 for r in reports for seconds, _ in r.inter_token_s)
 
 
 def test_hundred_streams_at_once() -> None:

@@ -202,26 +202,45 @@ def server():
         yield running
 
 
+@pytest.fixture(scope="module")
+def loopback():
+    with running_server(loopback_only=True) as running:
+        yield running
+
+
 @pytest.mark.parametrize(
     "host, origin, status",
     [
-        ("evil.example:8000", "http://evil.example:8000", 403),
+        ("evil.example:8000", "http://evil.example:8000", 403),  # a name that was rebound to this machine
         ("evil.example", "http://evil.example", 403),
         ("127.0.0.1.evil.example", "http://127.0.0.1.evil.example", 403),
+        ("evil.example", None, 403),
+        ("127.0.0.1:8000", "http://evil.example", 403),  # a page that posts across origins
+        ("localhost:8000", "https://evil.example", 403),
+        ("localhost:8000", "http://192.0.2.1", 403),
+        ("localhost:8000", "null", 403),
+        ("localhost:8000", "http://[", 403),
+        ("[", None, 403),
+        ("localhost:8000", None, 200),
         ("localhost:8000", "http://localhost:8000", 200),
+        ("localhost:8000", "http://127.0.0.1:3000", 200),  # a program on this machine
         ("app.localhost", "http://app.localhost", 200),
+        ("fastllm:8000", None, 200),  # a name among containers
         ("127.0.0.1:8000", "http://127.0.0.1:8000", 200),
         ("[::1]:8000", "http://[::1]:8000", 200),
+        ("192.0.2.1:8000", "http://192.0.2.1:8000", 200),  # no page has the address of another machine
         ("api.example", "https://api.example", 200),  # a proxy with a certificate in front
-        ("api.example", None, 200),  # no browser
+        ("localhost:8000", "vscode-webview://x", 200),  # no site
     ],
 )
-def test_page_whose_name_was_rebound_to_this_machine_is_refused(host: str, origin: str | None, status: int) -> None:
+def test_pages_of_other_sites_are_refused(
+    loopback: RunningServer, server: RunningServer, host: str, origin: str | None, status: int
+) -> None:
     headers = {"Host": host} | ({"Origin": origin} if origin else {})
     body: dict[str, Any] = {"prompt": "x", "max_tokens": 1}
-    with running_server(loopback_only=True) as server:
-        reply = server.ask("POST", "/v1/completions", body, headers=headers)
-        assert reply.status == status
-        assert status == 200 or reply.error["code"] == "host_not_allowed"
-    with running_server(loopback_only=False) as server:
-        assert server.ask("POST", "/v1/completions", body, headers=headers).status == 200
+    reply = loopback.ask("POST", "/v1/completions", body, headers=headers)
+    assert reply.status == status
+    assert status == 200 or reply.error["code"] == ("origin_not_allowed" if origin else "host_not_allowed")
+    for path in ("/", "/health"):
+        assert loopback.ask("GET", path, headers=headers).status == 200, "nothing to be learned there"
+    assert server.ask("POST", "/v1/completions", body, headers=headers).status == 200

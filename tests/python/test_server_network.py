@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -30,12 +31,14 @@ SITE = "https://site.example"
 class CorsServer:
     """Requests to a server with these CORS settings, one loop for all of them."""
 
-    def __init__(self, cors: Cors) -> None:
+    def __init__(self, cors: Cors, loopback_only: bool = False) -> None:
+        """loopback_only: and without a key."""
         self._cors = cors
+        self._settings: dict[str, Any] = {"loopback_only": True} if loopback_only else {"api_keys": ["sesame"]}
 
     def ask(self, *requests: tuple[str, str, dict[str, str]]) -> list[Reply]:
         async def run() -> list[Reply]:
-            state = ServerState(log_requests=False, api_keys=["sesame"])
+            state = ServerState(log_requests=False, **self._settings)
             server = Server(state, load_null(), cors=self._cors)
             port = await server.listen("127.0.0.1", 0)
             await server.load()
@@ -103,6 +106,14 @@ def test_any_origin_with_and_without_credentials() -> None:
     # Browsers refuse the asterisk together with credentials.
     assert answered.headers["Access-Control-Allow-Origin"] == SITE
     assert answered.headers["Access-Control-Allow-Credentials"] == "true" and answered.headers["Vary"] == "Origin"
+
+
+def test_a_named_origin_and_its_name_pass_where_pages_of_other_sites_do_not() -> None:
+    host = {"Host": "site.example"}
+    for cors, expected in ((Cors(), [403, 403, 403]), (Cors([SITE]), [200, 200, 403]), (Cors(["*"]), [200, 200, 200])):
+        server = CorsServer(cors, loopback_only=True)
+        headers = ({"Origin": SITE}, host, {"Origin": "http://evil.example"})
+        assert [reply.status for reply in server.ask(*(("GET", "/v1/models", one) for one in headers))] == expected
 
 
 def test_an_origin_that_is_none_is_an_error() -> None:

@@ -8,17 +8,22 @@ import resource
 import socket
 import struct
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
-from fastllm.server.errors import ApiError, from_http_exception, internal_error
+from fastllm.server.errors import ApiError, api_error, from_http_exception, internal_error
+from fastllm.server.http_metrics import HttpMetrics
 from fastllm.server.limits import Limits
+from fastllm.server.refusals import line_fields, note_refusal
+from fastllm.server.state import STATE_KEY
 
 logger = logging.getLogger("fastllm.server")
 
 _BYTES_ACKED = 120  # offset of tcpi_bytes_acked in Linux's struct tcp_info
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s
 _READ_BYTES = 64 << 10  # from a socket at once
 
 
@@ -35,8 +40,9 @@ def allow_open_files(count: int) -> None:
 class Connections:
     """The open connections of one server, and which of them may stay when there are too many. Event loop only."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, metrics: HttpMetrics) -> None:
         self.limits = limits
+        self.metrics = metrics
         self._idle: dict[Connection, None] = {}  # in the order in which they fell idle
         self._open: set[Connection] = set()
         self._by_address: dict[str, set[Connection]] = {}
@@ -110,8 +116,10 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
         if not self._connections.add(self):
             error = ApiError(503, "The server has as many connections as it takes.", code="too_many_connections")
+            request_id = uuid.uuid4().hex
+            self._note(error, request_id)
             if isinstance(transport, asyncio.WriteTransport):
-                transport.write(_bare_response(error))
+                transport.write(_bare_response(error, request_id))
             self.force_close()
             return
         self._expect_head()
@@ -174,7 +182,7 @@ class Connection(web.RequestHandler):
         if self.transport is None:
             return
         if _taken(self.transport) <= self._progress:
-            self.transport.abort()
+            give_up(self.transport)
         else:
             self._watch_writing()
 
@@ -198,13 +206,17 @@ class Connection(web.RequestHandler):
         request_id = uuid.uuid4().hex
         if isinstance(exc, HttpProcessingError):
             error = _not_http(status, exc)
-            logger.info("refused bytes of %s that are no HTTP request: %s", request.remote, type(exc).__name__)
         else:
             error = internal_error()
             logger.error("request %s failed", request_id, exc_info=exc)
+        self._note(error, request_id)
         response = error.response({"X-Request-Id": request_id, "Server": "fastllm"})
         response.force_close()
         return response
+
+    def _note(self, error: ApiError, request_id: str) -> None:
+        """Of bytes that became no request, so there is no method and no path."""
+        note_refusal(self._connections.metrics, error, request_id, line_fields(self.address, "-", "-", error.status, 0))
 
 
 def _not_http(status: int, exc: HttpProcessingError) -> ApiError:
@@ -213,6 +225,15 @@ def _not_http(status: int, exc: HttpProcessingError) -> ApiError:
     # The parser's sentence goes on with the offending bytes; its first line is enough.
     reason = exc.message.partition("\n")[0].rstrip(":.")[:80]
     return ApiError(status, f"The request is not valid HTTP: {reason}.", code="invalid_http")
+
+
+def give_up(transport: asyncio.Transport) -> None:
+    """Closes a connection whose client reads nothing, together with what the kernel would go on keeping for it."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        with suppress(OSError):  # closed already
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    transport.abort()
 
 
 def _taken(transport: asyncio.Transport) -> int:
@@ -224,12 +245,12 @@ def _taken(transport: asyncio.Transport) -> int:
         return -transport.get_write_buffer_size()
 
 
-def _bare_response(error: ApiError) -> bytes:
+def _bare_response(error: ApiError, request_id: str) -> bytes:
     """For a connection that gets no handler."""
     body = error.payload()
     head = (
         f"HTTP/1.1 {error.status} Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\n"
-        f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nX-Request-Id: {uuid.uuid4().hex}\r\nServer: fastllm\r\n"
+        f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nX-Request-Id: {request_id}\r\nServer: fastllm\r\n"
         "Connection: close\r\n\r\n"
     )
     return head.encode() + body
@@ -249,10 +270,11 @@ class Runner(web.AppRunner):
 
     def __init__(self, app: web.Application, limits: Limits, **options: Any) -> None:
         super().__init__(app, **options)
-        self.open_connections = Connections(limits)
+        self.open_connections = Connections(limits, app[STATE_KEY].http)
 
     async def _make_server(self) -> _Server:
         plain = await super()._make_server()
+        metrics = self.open_connections.metrics
 
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
             connection = request.protocol
@@ -262,6 +284,10 @@ class Runner(web.AppRunner):
             try:
                 return await plain.request_handler(request)
             except web.HTTPException as exc:  # raised before the middleware: an unknown Expect header
-                return from_http_exception(exc, request)
+                response, request_id = from_http_exception(exc, request), uuid.uuid4().hex
+                fields = line_fields(request.remote, request.method, request.path, exc.status, 0)
+                note_refusal(metrics, api_error(exc, request), request_id, fields)
+                response.headers["X-Request-Id"] = request_id
+                return response
 
         return _Server(handle, self.open_connections, request_factory=plain.request_factory, **self._kwargs)

@@ -56,6 +56,7 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     from fastllm.server.cors import Cors
     from fastllm.server.housekeeping import Housekeeping
     from fastllm.server.json_log import Logs
+    from fastllm.server.memory import return_large_blocks
     from fastllm.server.middleware import known_request_id
     from fastllm.server.tls import TlsRefresh
 
@@ -66,10 +67,12 @@ def run_server(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int
         cors = Cors(args.allowed_origins, args.allowed_methods, args.allowed_headers, args.allow_credentials)
     except (ValueError, OSError) as exc:
         parser.error(str(exc))
+    return_large_blocks()
     logs = Logs(
         level=args.log_level,
         access_level=args.uvicorn_log_level,
         format=args.log_format,
+        lines_per_second=args.log_lines_per_second,
         request_id=known_request_id,
     )
 
@@ -142,6 +145,7 @@ def _state(args: argparse.Namespace) -> ServerState:
         tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser,
         responses_store=args.responses_store,
+        strict_params=args.strict_params,
     )
 
 

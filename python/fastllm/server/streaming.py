@@ -9,6 +9,8 @@ from contextlib import suppress
 import msgspec
 from aiohttp import web
 
+from fastllm.server.call import current_call
+from fastllm.server.connection import give_up
 from fastllm.server.deadline import time_limit
 from fastllm.server.errors import ApiError, internal_error
 from fastllm.server.middleware import current_request_id
@@ -82,7 +84,7 @@ class EventStream:
             async with time_limit(self._timeout):
                 await self._response.write(data)
         except TimeoutError:
-            transport.abort()
+            give_up(transport)
             raise ConnectionResetError("the client stopped reading") from None
 
     async def fail(self, exc: Exception) -> web.StreamResponse:
@@ -96,6 +98,9 @@ class EventStream:
 def as_api_error(exc: Exception) -> ApiError:
     """What the client may know of a failure after the first byte; the log gets the rest."""
     if isinstance(exc, ApiError):
-        return exc
-    logger.error("request %s failed while streaming", current_request_id(), exc_info=exc)
-    return internal_error()
+        error = exc
+    else:
+        logger.error("request %s failed while streaming", current_request_id(), exc_info=exc)
+        error = internal_error()
+    current_call().error = error.without_frames()
+    return error
