@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,37 @@ def test_compile_time_is_limited() -> None:
     schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}}
     with pytest.raises(GrammarError, match="takes more than 0.001 s"):
         compiler.compile(StructuredOutputsParams(json=schema), GrammarLimits(max_compile_time_s=0.001))
+    compiler.close()
+
+
+# Texts of these can be read in ever more ways.
+AMBIGUOUS = [
+    'start: (x* y*)+\nx: "a"* "b"*\ny: "a"* "b"*\n',
+    'start: s\ns: s s s | s s | "a" | "b"\n',
+    "start: s\ns: " + " | ".join(f"x{i} s" for i in range(60)) + ' | "a" | "b"\n'
+    "" + "\n".join(f'x{i}: "a" | "b" | x{(i + 1) % 60} x{(i + 2) % 60}' for i in range(60)),
+]
+
+
+@pytest.mark.parametrize("grammar", AMBIGUOUS)
+def test_mask_that_takes_too_long_ends_its_own_request_only(grammar: str) -> None:
+    compiler = make_compiler(byte_tokenizer())
+    slow = compiler.compile(StructuredOutputsParams(grammar=grammar)).mask()
+    other, alone = (compiler.compile(StructuredOutputsParams(regex="[a-z]+")).mask() for _ in range(2))
+    bits, beside, expected = (np.zeros((compiler._vocab_size + 31) // 32, np.uint32) for _ in range(3))
+    began, worst = time.process_time(), 0.0
+    with pytest.raises(ValueError, match="takes too long|too complex"):
+        for token in b"abab" * 1000:
+            before = time.thread_time()
+            slow.fill(bits)
+            other.fill(beside)
+            alone.fill(expected)
+            assert (beside == expected).all()
+            assert not any(mask.accept(token) for mask in (other, alone, slow))
+            worst = max(worst, time.thread_time() - before)
+    assert worst < 2 and time.process_time() - began < 10
+    other.fill(beside)
+    assert (beside == expected).all() and not other.accept(ord("c"))
     compiler.close()
 
 

@@ -141,6 +141,18 @@ def test_tool_blocks_become_chat_messages() -> None:
     assert question == ChatMessage("user", [ContentPart("text", "And now?")])
 
 
+def test_what_agents_always_send_is_taken_by_every_model(server: RunningServer) -> None:
+    plain = send(server, seed=1).json
+    extras: list[dict[str, Any]] = [
+        {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+        {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
+        {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}},
+        {"metadata": {"user_id": "u"}, "service_tier": "auto"},
+    ]
+    for extra in extras:
+        assert send(server, seed=1, **extra).json["content"] == plain["content"], extra
+
+
 def test_counted_tokens_are_the_ones_that_are_used(client: Any) -> None:
     counted = client.messages.count_tokens(model="null", messages=USER, system="Be brief.")
     answer = client.messages.create(model="null", messages=USER, system="Be brief.", max_tokens=1)

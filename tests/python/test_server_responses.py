@@ -133,6 +133,15 @@ def test_calls_and_their_results_become_chat_messages() -> None:
     assert answer.content == [ContentPart("text", "Mixed."), ContentPart("text", "No.")]
 
 
+def test_tools_that_the_server_would_run_are_left_out(server: RunningServer) -> None:
+    function = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+    hosted = [{"type": "web_search", "external_web_access": False}, {"type": "code_interpreter", "container": {}}]
+    alone = respond(server, tools=[function], seed=1).json
+    among = respond(server, tools=[function, *hosted], seed=1).json
+    assert among["usage"]["input_tokens"] == alone["usage"]["input_tokens"]
+    assert respond(server, tools=hosted).json["usage"]["input_tokens"] == respond(server).json["usage"]["input_tokens"]
+
+
 def test_previous_response_is_continued_without_its_instructions(server: RunningServer) -> None:
     first = respond(server, input="One", instructions="Be odd.", max_output_tokens=5, ignore_eos=True, seed=2).json
     answer = first["output"][0]["content"][0]["text"]
@@ -295,7 +304,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": {"id": "x"}}, "prompt", "templates"),
     ({"background": True, "stream": True}, "background", "no stream"),
     ({"background": True, "store": False}, "background", "stored"),
-    ({"tools": [{"type": "web_search"}]}, "tools", "built-in"),
+    ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools", "'mcp'"),
+    ({"tools": [{"type": "custom", "name": "f"}]}, "tools", "'custom'"),
+    ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice", "tools are given"),
+    ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "tool_choice", "tools are given"),
 ]
 
 

@@ -137,7 +137,7 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     (wrapped([]), None),
     (wrapped("x"), None),
     (wrapped({"type": "nonsense"}), "invalid_schema"),
-    (wrapped({"not": {"type": "string"}}), "unsupported_schema"),
+    (wrapped({"type": "array", "uniqueItems": True}), "unsupported_schema"),
     (wrapped({"$ref": "#"}), "schema_too_complex"),
     (
         wrapped({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}),

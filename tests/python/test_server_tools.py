@@ -108,6 +108,24 @@ def test_parallel_calls_are_all_well_formed(server: RunningServer) -> None:
     assert len({call["id"] for call in calls}) == len(calls)
 
 
+def test_function_that_is_named_is_called_once(server: RunningServer) -> None:
+    tools = [WEATHER, {"type": "function", "function": {"name": "clock", "parameters": CITY}}]
+    for seed in range(5):
+        named = {"type": "function", "function": {"name": "clock"}}
+        body = server.chat(tools=tools, tool_choice=named, max_tokens=300, seed=seed).json["choices"][0]
+        assert [call["function"]["name"] for call in body["message"]["tool_calls"]] == ["clock"]
+        assert not body["message"]["content"]
+
+
+def test_form_of_the_text_does_not_hinder_a_call(server: RunningServer) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "required": ["x"]}}}
+    fields: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 300, "seed": 1}
+    plain = server.chat(**fields).json["choices"][0]["message"]
+    formed = server.chat(**fields, response_format=form).json["choices"][0]["message"]
+    calls = [[call["function"] for call in message["tool_calls"]] for message in (plain, formed)]
+    assert calls[0] == calls[1]
+
+
 def test_template_without_a_system_role_is_told_about_tools_in_the_first_user_message() -> None:
     template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -125,6 +143,53 @@ def test_schema_of_a_tool_may_say_more_than_a_grammar_can(hermes: RunningServer)
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     body = hermes.chat(tools=[tool], tool_choice="required", max_tokens=300, parallel_tool_calls=False).json
     assert body["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"
+
+
+# Schemas that no grammar can enforce, or that are not schemas at all; clients send them.
+ODD_SCHEMAS = [
+    {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "string"}, "uniqueItems": True}}},
+    {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?!x)"}}, "required": ["a"]},
+    {"type": "object", "properties": {"a": {"type": "array", "contains": {"const": 1}}}},
+    {"type": "object", "properties": {"a": {"type": "any"}}, "required": ["a"]},
+    {"type": "object", "properties": {"a": {"not": {"$ref": "#/$defs/b"}}}, "$defs": {"b": {}}},
+    {"type": "object", "if": {"required": ["a"]}, "then": {"patternProperties": {"(": {}}}},
+    {"type": "object", "properties": {"a": {"type": "string", "format": "int64"}}, "required": ["a"]},
+    {"type": "object", "$dynamicRef": "#x"},
+]
+
+
+@pytest.mark.parametrize("schema", ODD_SCHEMAS, ids=lambda schema: json.dumps(schema)[18:70])
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
+def test_schema_that_cannot_be_enforced_does_not_refuse_a_tool(hermes: RunningServer, schema: Any, choice: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    for strict in (None, False):
+        tool["function"]["strict"] = strict
+        fields = {"tools": [tool, WEATHER], "tool_choice": choice, "max_tokens": 20, "seed": 1}
+        body = hermes.chat(**fields).json["choices"][0]
+        assert body["finish_reason"] in ("stop", "length", "tool_calls")
+
+
+def test_strict_schema_that_cannot_be_enforced_is_a_400_that_names_the_function(hermes: RunningServer) -> None:
+    for schema in ODD_SCHEMAS[:2]:
+        tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
+        for choice in ("auto", "required", {"type": "function", "function": {"name": "f"}}):
+            reply = hermes.chat(tools=[tool], tool_choice=choice, max_tokens=2)
+            assert reply.status == 400 and reply.error["param"] == "tools"
+        assert hermes.chat(tools=[tool], tool_choice="none", max_tokens=2).status == 200
+    tool["function"]["parameters"] = ODD_SCHEMAS[0]
+    assert "'f', which is strict" in hermes.chat(tools=[tool], max_tokens=2).error["message"]
+
+
+def test_answers_beside_a_strict_tool_stream_the_same(server: RunningServer) -> None:
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    for choice in ("auto", "required"):
+        fields = {"tools": [strict, CLOCK], "tool_choice": choice, "max_tokens": 60, "seed": 5, "temperature": 1.0}
+        whole, streamed = server.chat(**fields).json["choices"][0], server.chat(**fields, stream=True).events
+        message, finish = join(streamed)
+        calls = whole["message"].get("tool_calls") or []
+        told = [[call["function"]["name"], call["function"]["arguments"]] for call in calls]
+        assert [call[:2] for call in message["tool_calls"]] == told
+        assert finish == whole["finish_reason"] and message["content"] == (whole["message"]["content"] or "")
 
 
 def test_text_stays_text_with_tools_on_offer(server: RunningServer) -> None:
@@ -198,6 +263,7 @@ def test_official_client_streams_calls(hermes: RunningServer) -> None:
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools"),
         ({"tools": [CLOCK, CLOCK]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": "yes"}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]}, "tools"),
         ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
@@ -243,3 +309,28 @@ def test_grammar_constrains_the_answer_when_thinking_is_off(thinker: RunningServ
         structured_outputs={"choice": ["yes"]}, max_tokens=20, chat_template_kwargs={"enable_thinking": False}
     ).json["choices"][0]
     assert body["message"]["content"] == "yes" and body["message"]["reasoning"] is None
+
+
+def test_effort_reaches_the_template_on_every_route(thinker: RunningServer) -> None:
+    def prompt_tokens(path: str, **fields: Any) -> int:
+        body = {"model": "null", "max_tokens": 1, "messages": [{"role": "user", "content": "Hi"}], **fields}
+        usage = thinker.ask("POST", path, body).json["usage"]
+        tokens: int = usage["prompt_tokens"] if "prompt_tokens" in usage else usage["input_tokens"]
+        return tokens + usage.get("cache_read_input_tokens", 0)
+
+    chat, messages = "/v1/chat/completions", "/v1/messages"
+    thinks = prompt_tokens(chat)
+    closed = prompt_tokens(chat, chat_template_kwargs={"enable_thinking": False})
+    assert closed > thinks, "the template closes the thoughts"
+    assert (
+        prompt_tokens(chat, reasoning_effort="none") == prompt_tokens(messages, thinking={"type": "disabled"}) == closed
+    )
+    for effort in ("low", "high"):
+        assert prompt_tokens(chat, reasoning_effort=effort) == thinks
+    assert prompt_tokens(messages, thinking={"type": "enabled", "budget_tokens": 1024}) == thinks
+    body = {"model": "null", "input": "Hi", "max_output_tokens": 1, "reasoning": {"effort": "none"}}
+    assert thinker.ask("POST", "/v1/responses", body).json["usage"]["input_tokens"] == closed
+    # What the caller says to the template itself counts more.
+    template = {"enable_thinking": True}
+    assert prompt_tokens(chat, reasoning_effort="none", chat_template_kwargs=template) == thinks
+    assert thinker.chat(reasoning_effort="all of it").error["param"] == "reasoning_effort"

@@ -26,6 +26,10 @@ _CACHED_GRAMMARS = 256
 _CACHED_BYTES = 16 << 20  # of the texts of cached grammars; what is compiled from them grows with it
 _MAX_LEXER_STATES = 100_000  # about 1.5 KB each
 _MAX_GRAMMAR_SIZE = 200_000  # symbols
+# What one mask may take; a request that needs more ends with an error.
+_MAX_STEP_ITEMS = 25_000  # of Earley's algorithm, of all texts that tokens stand for
+_MAX_ROW_ITEMS = 2000  # the same at one character; time grows with their square
+_MAX_STEP_FUEL = 200_000  # expressions made while lexing
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,12 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
-            max_lexer_states=_MAX_LEXER_STATES, max_grammar_size=_MAX_GRAMMAR_SIZE, verbose_errors=False
+            max_lexer_states=_MAX_LEXER_STATES,
+            max_grammar_size=_MAX_GRAMMAR_SIZE,
+            step_max_items=_MAX_STEP_ITEMS,
+            max_items_in_row=_MAX_ROW_ITEMS,
+            step_lexer_fuel=_MAX_STEP_FUEL,
+            verbose_errors=False,
         )
         matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits)
         if matcher.is_error():

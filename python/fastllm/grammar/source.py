@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastllm.grammar.keywords import enforceable
 from fastllm.grammar.limits import GrammarError, GrammarLimits, check_bytes, check_regex, read_schema
 from fastllm.grammar.params import StructuredOutputsParams
 
 # Whitespace is bounded between any two tokens of JSON: a model that only ever writes spaces must still come to an end.
 _WHITESPACE = r"[ ]?|\n[ \t]{0,40}"
 _MAIN = "main"
+_CONDITIONS = frozenset(("not", "if", "then", "else", "dependentSchemas", "dependencies"))
 # Looking for text that must come next takes as long as that text, which may be a million characters, at every token.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
 
@@ -46,7 +48,7 @@ def _source(params: StructuredOutputsParams, limits: GrammarLimits, specials: Ma
         check_regex(params.whitespace_pattern, limits)
     if params.json is not None:
         schema = read_schema(params.json, limits)
-        return _json(strict(schema) if params.disable_additional_properties else schema, params)
+        return _json(enforceable(strict(schema) if params.disable_additional_properties else schema), params)
     if params.json_object:
         return _json({"type": "object"}, params)
     if params.regex is not None:
@@ -88,12 +90,12 @@ def json_schema(
 
 
 def strict(schema: Any) -> Any:
-    """A copy in which objects that list properties have no others."""
+    """A copy in which objects that list properties have no others; conditions are left as they are."""
     if isinstance(schema, list):
         return [strict(value) for value in schema]
     if not isinstance(schema, dict):
         return schema
-    copy = {name: strict(value) for name, value in schema.items()}
+    copy = {name: value if name in _CONDITIONS else strict(value) for name, value in schema.items()}
     if "properties" in copy or copy.get("type") == "object":
         copy.setdefault("additionalProperties", False)
     return copy
@@ -165,7 +167,8 @@ def _structural_tag(params: StructuredOutputsParams, limits: GrammarLimits, spec
         if trigger is None:
             raise GrammarError(f"structural_tag: {begin[:80]!r} begins with none of the triggers.", "invalid_schema")
         checked = read_schema(schema, limits)
-        body = json.dumps(json_schema(strict(checked) if params.disable_additional_properties else checked, params))
+        checked = enforceable(strict(checked) if params.disable_additional_properties else checked)
+        body = json.dumps(json_schema(checked, params))
         rest = literal(begin[len(trigger) :], specials)
         rules.append(
             f"tag_{number}: trigger_{number} {rest} %json {body} {literal(end, specials)}\n"

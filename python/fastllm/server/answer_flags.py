@@ -27,6 +27,12 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
         help="while requests run, new ones are gathered for so long and start together",
     )
     group.add_argument(
+        "--strict-params",
+        action=OnOff,
+        default=False,
+        help="refuse requests with a top-level field that this server does not know; else it is ignored and logged",
+    )
+    group.add_argument(
         "--tokenizer-pool-size",
         "--renderer-num-workers",
         type=parse_count,

@@ -6,12 +6,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from fastllm.server.client import ANONYMOUS, Client
+from fastllm.server.errors import ApiError
 
 
 @dataclass
 class Call:
     client: Client
     body_bytes: int = 0  # known once the body was read
+    error: ApiError | None = None  # that ended the answer after its first byte
 
 
 _call: ContextVar[Call] = ContextVar("call")

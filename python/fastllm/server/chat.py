@@ -16,8 +16,10 @@ from fastllm.server.body import read_json
 from fastllm.server.chat_output import message_of
 from fastllm.server.completions import wire_id
 from fastllm.server.conversation import admitted
+from fastllm.server.elsewhere import worked
 from fastllm.server.generation import Job, UsageCounter, collect, first_then_rest, run
 from fastllm.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from fastllm.server.long_answer import json_response, long_answer, raw_array
 from fastllm.server.protocol import (
     ChatChoice,
     ChatChunk,
@@ -40,7 +42,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
         call = _Call(state, body, job, answer, wire_id("chatcmpl", request, body.request_id))
         if body.stream:
             return await call.stream(request)
-        return web.Response(body=await call.answer(), content_type="application/json", charset="utf-8")
+        return json_response(await call.answer())
 
 
 class _Call:
@@ -67,6 +69,9 @@ class _Call:
 
     async def answer(self) -> bytes:
         (output,) = await collect(self.state, [self.job], self.id, self.body)
+        return await worked(self.state, long_answer([output], self.body), self._answer, output)
+
+    def _answer(self, output: RequestOutput) -> bytes:
         choices = [
             ChatChoice(
                 sample.index,
@@ -88,8 +93,10 @@ class _Call:
                 choices=choices,
                 system_fingerprint=self.state.fingerprint,
                 usage=self.counter.usage(),
-                prompt_logprobs=prompt_logprobs(self.names, output.prompt_logprobs) if wants_prompt else None,
-                prompt_token_ids=self.job.prompt_ids if self.body.return_token_ids else None,
+                prompt_logprobs=raw_array(prompt_logprobs(self.names, output.prompt_logprobs))
+                if wants_prompt
+                else None,
+                prompt_token_ids=list(self.job.prompt_ids) if self.body.return_token_ids else None,
             )
         )
 
@@ -124,7 +131,7 @@ class _Call:
                 for chunk in chunks:
                     chunk.prompt_token_ids = chunk.prompt_text = None
                 if self.body.return_token_ids:
-                    chunks[0].prompt_token_ids = self.job.prompt_ids
+                    chunks[0].prompt_token_ids = list(self.job.prompt_ids)
                 await events.send(*chunks)
                 async for _, output in rest:
                     choices = [choice for sample in output.outputs for choice in self._delta_choices(sample)]

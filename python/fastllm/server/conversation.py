@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol, TypeVar
 
+from fastllm.outputs import TokenIds
 from fastllm.server import admission
 from fastllm.server.answer_form import AnswerForm
 from fastllm.server.errors import ApiError, bad_request
@@ -16,6 +17,7 @@ from fastllm.server.prompts import encode_messages, truncate_ids
 from fastllm.server.protocol import ChatRequest, CommonRequest, Delta, FunctionDelta
 from fastllm.server.state import ServerState
 
+FEW_PARTS = 200  # of a conversation, that the event loop looks at itself
 Told = TypeVar("Told", covariant=True)
 
 
@@ -49,7 +51,7 @@ async def admitted(
     admission.check_open(state)
     admission.check_queue(state, sequences)
     with accepted(state, sequences):
-        text, ids = await prompt(state, body, answer)
+        text, ids = await prompt(state, body, answer, fits=body.truncate_prompt_tokens is None)
         room = state.llm.model_config.max_model_len - len(ids)
         if clamp_output and body.max_tokens is not None and body.max_tokens > room > 0:
             body.max_tokens = room
@@ -60,21 +62,24 @@ async def admitted(
         yield job, answer
 
 
-async def prompt(state: ServerState, body: ChatRequest, answer: AnswerForm) -> tuple[str, list[int]]:
-    """The rendered conversation and its tokens."""
-    text, ids = await encode_messages(state, body, bool(body.add_special_tokens), answer.tools)
-    ids = truncate_ids(state, ids, body.truncate_prompt_tokens, output_room(body))
-    admission.check_tokens(state, ids, "messages")
-    return text, ids
+async def prompt(
+    state: ServerState, body: ChatRequest, answer: AnswerForm, *, fits: bool = False
+) -> tuple[str, TokenIds]:
+    """The rendered conversation and its tokens. fits: what leaves no room in the context is refused."""
+    text, ids = await encode_messages(state, body, bool(body.add_special_tokens), answer.tools, fits=fits)
+    kept = truncate_ids(state, ids, body.truncate_prompt_tokens, output_room(body))
+    admission.check_tokens(state, kept, "messages")
+    return text, kept
 
 
-def check_parts(pieces: Sequence[HasContent], limits: Limits, param: str) -> None:
-    """Refuses more messages and parts of messages than the event loop has time to look at one by one."""
+def check_parts(pieces: Sequence[HasContent], limits: Limits, param: str) -> int:
+    """The messages and parts of messages; refuses too many."""
     count = len(pieces)
     if count <= limits.max_messages:
         count += sum(len(piece.content) for piece in pieces if isinstance(piece.content, list))
     if count > limits.max_messages:
         raise bad_request(f"{param} takes at most {limits.max_messages} messages and parts, got {count}.", param)
+    return count
 
 
 def tell(builder: Builder[Told], deltas: Sequence[Delta]) -> list[Told]:

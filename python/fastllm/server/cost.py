@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from fastllm.outputs import TokenIds
     from fastllm.sampling import SamplingParams
 
     class Prompted(Protocol):
         """A prompt with its parameters."""
 
-        prompt_ids: list[int]
+        prompt_ids: TokenIds
         params: SamplingParams
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fastllm.errors import RequestError
 from fastllm.grammar.compiler import CompiledGrammar
-from fastllm.outputs import RequestOutput
+from fastllm.outputs import RequestOutput, TokenIds
 from fastllm.sampling import SamplingParams
 from fastllm.server import admission
 from fastllm.server.body import field_names
@@ -23,6 +23,7 @@ from fastllm.server.streaming import EventStream
 
 # Updates of several prompts that may wait for a slow client; behind them each stream merges its own.
 _MERGE_QUEUE = 16
+_COSTS_A_TURN = 200  # prompts, between turns of others
 _serial = itertools.count()
 
 
@@ -30,7 +31,7 @@ _serial = itertools.count()
 class Job:
     """One prompt with its parameters."""
 
-    prompt_ids: list[int]
+    prompt_ids: TokenIds
     params: SamplingParams
     text: str | None = None  # what echo repeats
     grammar: CompiledGrammar | None = None  # what the output must look like
@@ -127,7 +128,12 @@ async def run(
     state: ServerState, jobs: list[Job], request_id: str, request: CommonRequest
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """(prompt number, update) until every prompt is finished; closing it aborts what still runs."""
-    admission.check_cost(state, total(_cost(state, job) for job in jobs))
+    costs: list[Cost] = []
+    for number, job in enumerate(jobs, 1):
+        costs.append(_cost(state, job))
+        if number % _COSTS_A_TURN == 0:
+            await asyncio.sleep(0)
+    admission.check_cost(state, total(costs))
     if len(jobs) == 1:
         async with aclosing(_one(state, jobs[0], request_id, request)) as outputs:
             async for output in outputs:

@@ -12,7 +12,8 @@ from fastllm.outputs import RequestOutput
 from fastllm.server import admission
 from fastllm.server.answer_form import AnswerForm
 from fastllm.server.body import read_json
-from fastllm.server.conversation import admitted, check_parts, named, prompt, tell
+from fastllm.server.conversation import FEW_PARTS, admitted, check_parts, named, prompt, tell
+from fastllm.server.elsewhere import worked
 from fastllm.server.generation import Job, UsageCounter, collect, first_then_rest, run
 from fastllm.server.messages_builder import MessageBuilder
 from fastllm.server.messages_input import NAMES, check, to_chat
@@ -27,9 +28,9 @@ async def create(request: web.Request) -> web.StreamResponse:
     admission.check_open(state)
     body = await read_json(request, MessagesRequest)
     check(body)
-    check_parts(body.messages, state.limits, "messages")
+    long = check_parts(body.messages, state.limits, "messages") > FEW_PARTS
     with named(NAMES):
-        chat = to_chat(body)
+        chat = await worked(state, long, to_chat, body)
         async with admitted(state, chat, clamp_output=True) as (job, answer):
             call = _Call(state, chat, job, answer, body.max_tokens or 0)
             if body.stream:
@@ -42,9 +43,9 @@ async def count_tokens(request: web.Request) -> web.Response:
     admission.check_open(state)
     body = await read_json(request, MessagesRequest)
     check(body, counting=True)
-    check_parts(body.messages, state.limits, "messages")
+    long = check_parts(body.messages, state.limits, "messages") > FEW_PARTS
     with named(NAMES):
-        chat = to_chat(body)
+        chat = await worked(state, long, to_chat, body)
         admission.check_model(state, chat.model)
         admission.check_fields(chat, state.limits)
         _, ids = await prompt(state, chat, AnswerForm.of(state, chat))

@@ -17,6 +17,7 @@ from fastllm.server.messages_protocol import (
     MessagesRequest,
     OutputConfig,
     OutputFormat,
+    Thinking,
     ToolChoice,
     ToolParam,
 )
@@ -26,7 +27,6 @@ from fastllm.server.protocol import ChatMessage, ChatRequest, ContentPart, Respo
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
 _UNSUPPORTED = {
     "container": "containers",
-    "context_management": "context management",
     "mcp_servers": "MCP servers",
     "best_of": "several answers to one request",
     "prompt_logprobs": "log probabilities in this API",
@@ -55,9 +55,6 @@ def to_chat(body: MessagesRequest) -> ChatRequest:
     fields["stop"] = body.stop_sequences if body.stop_sequences is not None else body.stop
     fields["stream_options"] = None
     fields["user"] = body.user or (body.metadata.user_id if body.metadata else None)
-    kwargs = dict(body.chat_template_kwargs or {})
-    if body.thinking is not None:  # its budget is a target only; max_tokens bounds thoughts and answer together
-        kwargs.setdefault("enable_thinking", body.thinking.type != "disabled")
     config = body.output_config or OutputConfig()
     if config.format is not None:
         fields["response_format"] = _response_format(config.format)
@@ -68,9 +65,9 @@ def to_chat(body: MessagesRequest) -> ChatRequest:
         tools=_tools(body.tools),
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tool_calls=not body.tool_choice.disable_parallel_tool_use if body.tool_choice else None,
-        reasoning_effort=config.effort,
+        reasoning_effort=_effort(body.thinking, config),
         include_reasoning=False if body.thinking is not None and body.thinking.type == "disabled" else None,
-        chat_template_kwargs=kwargs or None,
+        chat_template_kwargs=body.chat_template_kwargs,
     )
 
 
@@ -133,6 +130,13 @@ def _refused(where: str, what: str) -> ApiError:
     return bad_request(f"{where} {what}.", "messages", "invalid_value")
 
 
+def _effort(thinking: Thinking | None, config: OutputConfig) -> str | None:
+    """A budget of thoughts is a target only; max_tokens bounds thoughts and answer together."""
+    if thinking is None:
+        return config.effort
+    return "none" if thinking.type == "disabled" else config.effort or "medium"
+
+
 def _response_format(given: OutputFormat) -> ResponseFormat:
     wanted: dict[str, Any] = {"type": given.type}
     if given.type == "json_schema":
@@ -155,7 +159,12 @@ def _tools(tools: Sequence[ToolParam] | None) -> list[dict[str, Any]] | None:
     return [
         {
             "type": "function",
-            "function": {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema},
+            "function": {
+                "name": tool.name,
+                "description": tool.description or "",
+                "parameters": tool.input_schema,
+                **({} if tool.strict is None else {"strict": tool.strict}),
+            },
         }
         for tool in tools
     ]

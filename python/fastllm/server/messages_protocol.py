@@ -34,6 +34,7 @@ class ToolParam(Struct):
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     type: str | None = None
+    strict: bool | None = None
 
 
 class ToolChoice(Struct):
@@ -72,9 +73,9 @@ class MessagesRequest(CommonRequest, kw_only=True):
     thinking: Thinking | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     service_tier: str | None = None
+    context_management: Any = None  # without effect: what the context holds is the caller's to clear
     # Refused by name when set.
     container: Any = None
-    context_management: Any = None
     mcp_servers: Any = None
 
 
@@ -84,7 +85,6 @@ class MessagesRequest(CommonRequest, kw_only=True):
 class TextBlock(Struct):
     text: str
     type: str = "text"
-    citations: None = None
 
 
 class ThinkingBlock(Struct):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,8 @@ from fastllm.server import admission
 from fastllm.server.answer_form import AnswerForm
 from fastllm.server.body import read_json
 from fastllm.server.call import current_call
-from fastllm.server.conversation import admitted, check_parts, named, prompt, tell
+from fastllm.server.conversation import FEW_PARTS, admitted, check_parts, named, prompt, tell
+from fastllm.server.elsewhere import worked
 from fastllm.server.errors import bad_request
 from fastllm.server.generation import Job, UsageCounter, collect, first_then_rest, run
 from fastllm.server.logprobs import TokenNames, chat_logprobs
@@ -45,7 +47,7 @@ _LIST_LIMIT = 100  # input items of one page
 
 
 async def create(request: web.Request) -> web.StreamResponse:
-    state, body, conversation = await _read(request)
+    state, body, conversation, long = await _read(request)
     if body.store and state.responses.capacity == 0:
         raise bad_request("store must be false: this server keeps no responses (--responses-store 0).", "store")
     if body.background and (body.stream or body.store is False or state.responses.capacity == 0):
@@ -54,7 +56,8 @@ async def create(request: web.Request) -> web.StreamResponse:
         with named(NAMES):
             chat = to_chat(body, conversation)
             job, answer = await stack.enter_async_context(admitted(state, chat))
-            call = _Call(state, body, chat, job, answer, conversation, current_call().client.name)
+            kept = await worked(state, long, _to_keep, body, conversation)
+            call = _Call(state, body, chat, job, answer, conversation, kept, current_call().client.name)
             if body.background:
                 return _json(call.start(stack.pop_all()))
             if body.stream:
@@ -62,26 +65,33 @@ async def create(request: web.Request) -> web.StreamResponse:
             return _json(await call.answer())
 
 
-async def _read(request: web.Request) -> tuple[ServerState, ResponsesRequest, list[ChatMessage]]:
-    """The request with the whole conversation it continues."""
+async def _read(request: web.Request) -> tuple[ServerState, ResponsesRequest, list[ChatMessage], bool]:
+    """The request with the whole conversation it continues, and whether that is long."""
     state = request.app[STATE_KEY]
     admission.check_open(state)
     body = await read_json(request, ResponsesRequest)
     check(body)
+    long = False
     if not isinstance(body.input, str):
-        check_parts(body.input, state.limits, "input")
+        long = check_parts(body.input, state.limits, "input") > FEW_PARTS
     earlier: list[ChatMessage] = []
     if body.previous_response_id is not None:
         entry = state.responses.get(body.previous_response_id, current_call().client.name, "previous_response_id")
         if entry.task is not None:
             raise bad_request("The previous response is still in progress.", "previous_response_id")
         earlier = entry.conversation
-    return state, body, [*earlier, *to_messages(body.input)]
+    conversation = [*earlier, *await worked(state, long, to_messages, body.input)]
+    return state, body, conversation, len(conversation) > FEW_PARTS or long
+
+
+def _to_keep(body: ResponsesRequest, conversation: Sequence[ChatMessage]) -> tuple[list[dict[str, Any]], int]:
+    """The input as items, and what it takes with the conversation, bytes."""
+    return listed_items(body.input), 2 * conversation_bytes(conversation)  # the items repeat what is new of it
 
 
 async def count_tokens(request: web.Request) -> web.Response:
     """POST /v1/responses/input_tokens."""
-    state, body, conversation = await _read(request)
+    state, body, conversation, _ = await _read(request)
     with named(NAMES):
         chat = to_chat(body, conversation)
         admission.check_model(state, body.model)
@@ -150,8 +160,10 @@ class _Call:
         job: Job,
         answer: AnswerForm,
         conversation: list[ChatMessage],
+        kept: tuple[list[dict[str, Any]], int],
         owner: str,
     ) -> None:
+        """kept: what _to_keep() returns."""
         self.state = state
         self.chat = chat
         self.job = job
@@ -180,8 +192,7 @@ class _Call:
             user=body.user,
         )
         self.builder = ResponseBuilder(response)
-        size = 2 * conversation_bytes(conversation)  # the items repeat what is new of it
-        self.entry = StoredResponse(owner, response, conversation, listed_items(body.input), size)
+        self.entry = StoredResponse(owner, response, conversation, *kept)
 
     def _tell(self, output: RequestOutput) -> list[NumberedEvent]:
         (sample,) = output.outputs

@@ -32,6 +32,8 @@ _UNSUPPORTED = {
     "return_token_ids": "token ids in this API",
 }
 _LOGPROBS = "message.output_text.logprobs"
+# Agents offer these along with their functions; the model here is not told of them.
+_HOSTED = frozenset({"code_interpreter", "file_search", "image_generation", "web_search", "web_search_preview"})
 # Parts of answers that only built-in tools or images produce: asking for them adds nothing.
 _NEVER_THERE = frozenset(
     {
@@ -172,21 +174,22 @@ def _response_format(given: TextFormat | None) -> ResponseFormat | None:
 
 
 def _tools(tools: Sequence[FunctionTool] | None) -> list[dict[str, Any]] | None:
-    """Chat nests what this API has flat."""
-    if not tools:
-        return None
-    for index, tool in enumerate(tools):
+    """Chat nests what this API has flat. Tools that the server itself would run are left out: no answer needs them."""
+    functions: list[FunctionTool] = []
+    for index, tool in enumerate(tools or ()):
+        if tool.type in _HOSTED:
+            continue
         if tool.type != "function" or not tool.name:
             raise bad_request(
-                f"tools[{index}] must be a function with a name, got the type {tool.type[:40]!r}; this server has no "
-                "built-in tools.",
+                f"tools[{index}] must be a function with a name, got the type {tool.type[:40]!r}.",
                 "tools",
                 "unsupported_parameter",
             )
+        functions.append(tool)
     return [
         {"type": "function", "function": {k: v for k, v in msgspec.to_builtins(tool).items() if k != "type"}}
-        for tool in tools
-    ]
+        for tool in functions
+    ] or None
 
 
 def _tool_choice(choice: str | dict[str, Any] | None) -> Any:

@@ -24,6 +24,8 @@ _RESERVED = frozenset(
 )
 _MAX_CHARS = 16 << 10  # of all strings
 _FIELD = "chat_template_kwargs"
+_EFFORT = "reasoning_effort"
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 def check_documents(state: ServerState, documents: list[dict[str, Any]] | None) -> None:
@@ -32,6 +34,14 @@ def check_documents(state: ServerState, documents: list[dict[str, Any]] | None) 
         raise bad_request(
             "documents: the chat template of this model does not read them.", "documents", "unsupported_parameter"
         )
+
+
+def effort_variables(effort: str) -> dict[str, Any]:
+    """How much the model should reason, in the words of the templates; one that reads neither has a model that cannot
+    be told."""
+    if effort not in _EFFORTS:
+        raise bad_request(f"reasoning_effort must be one of {', '.join(_EFFORTS)}, got {effort[:40]!r}.", _EFFORT)
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none"}
 
 
 def check_template_kwargs(state: ServerState, kwargs: dict[str, Any]) -> None:

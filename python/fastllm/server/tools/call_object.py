@@ -88,7 +88,7 @@ class CallObject:
         except ValueError:
             self.failed = True
             return ""
-        return str(value)
+        return str(value).encode(errors="replace").decode()  # half of a surrogate pair cannot be sent
 
     def _in_key(self, char: str) -> None:
         if self._string_ends(char):

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
-from fastllm.grammar.source import json_schema, literal
 from fastllm.server.tools.parsers import MistralParser, ObjectParser, TaggedParser, ToolParser
-
-# More calls than this in one answer are a model that repeats itself.
-_MAX_PARALLEL = 16
 
 
 @dataclass(frozen=True)
@@ -20,32 +14,19 @@ class ToolFormat:
     """A family. marks: text that must survive detokenising even where it is a special token.
 
     parser: from the names on offer. written: what stands before the first call, before each, after each, between two
-    of them and after the last; a `{name}` there is the function's. parallel: several calls in one answer.
+    of them and after the last; a `{name}` there is the function's. mark: what tells calls from the text before them;
+    "": the whole answer is calls, perhaps after one of `prefixes`, or it is text. parallel: several calls in one
+    answer.
     """
 
     name: str
     marks: tuple[str, ...]
     parser: Callable[[Collection[str]], ToolParser]
     written: tuple[str, str, str, str, str]
+    mark: str = ""
+    prefixes: tuple[str, ...] = ()
     parallel: bool = True
     id_length: int = 0  # characters of a call's id where the template wants just so many; 0: ours
-
-    def grammar(self, functions: Sequence[Mapping[str, Any]], parallel: bool, specials: Mapping[str, int]) -> str:
-        """A Lark grammar of at least one call of one of the functions."""
-        before, start, end, between, after = self.written
-        rules = []
-        for number, function in enumerate(functions):
-            name = json.dumps(function["name"])[1:-1]
-            schema = json_schema(function.get("parameters") or {"type": "object"}, lenient=True)
-            rules.append(
-                f"call_{number}: {literal(start.replace('{name}', name), specials)} %json {json.dumps(schema)} "
-                f"{literal(end, specials)}\n"
-            )
-        more = f" ({literal(between, specials)} call){{0,{_MAX_PARALLEL - 1}}}" if parallel and self.parallel else ""
-        names = " | ".join(f"call_{number}" for number in range(len(functions)))
-        return (
-            f"start: {literal(before, specials)} call{more} {literal(after, specials)}\ncall: {names}\n{''.join(rules)}"
-        )
 
 
 HERMES = ToolFormat(
@@ -53,12 +34,14 @@ HERMES = ToolFormat(
     ("<tool_call>", "</tool_call>"),
     lambda names: TaggedParser(),
     ("", '<tool_call>\n{"name": "{name}", "arguments": ', "}\n</tool_call>", "\n", ""),
+    mark="<tool_call>",
 )
 LLAMA3 = ToolFormat(
     "llama3_json",
     ("<|python_tag|>",),
     lambda names: ObjectParser(names, ("<|python_tag|>",)),
     ("", '{"name": "{name}", "parameters": ', "}", "", ""),
+    prefixes=("<|python_tag|>",),
     parallel=False,
 )
 MISTRAL = ToolFormat(
@@ -66,6 +49,7 @@ MISTRAL = ToolFormat(
     ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     lambda names: MistralParser(),
     ("[TOOL_CALLS][", '{"name": "{name}", "arguments": ', "}", ", ", "]"),
+    mark="[TOOL_CALLS]",
     id_length=9,
 )
 MISTRAL_NAMED = ToolFormat(
@@ -73,6 +57,7 @@ MISTRAL_NAMED = ToolFormat(
     MISTRAL.marks,
     MISTRAL.parser,
     ("", "[TOOL_CALLS]{name}[ARGS]", "", "", ""),
+    mark="[TOOL_CALLS]",
     id_length=9,
 )
 GENERIC = ToolFormat(

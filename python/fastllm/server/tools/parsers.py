@@ -5,6 +5,7 @@ One parser reads one sample: feed() every piece, then finish(). What could still
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 
@@ -172,7 +173,7 @@ class ObjectParser(ToolParser):
         if self.num_calls:
             rest = text.lstrip(self._separators)
             if rest.startswith("{"):
-                self._lead, self._pending = text[: len(text) - len(rest)], rest
+                self._lead, self._pending = "", rest
                 self._start_call()
                 return True
             self._is_text, self._pending = bool(rest), rest
@@ -195,11 +196,15 @@ class ObjectParser(ToolParser):
         return True
 
 
+# name{  name[ARGS]{  name[CALL_ID]id[ARGS]{   and what may become one of them
+_NAMED = re.compile(r"([a-zA-Z0-9_.:-]{1,64})(?:\[CALL_ID\]\w{0,64})?(?:\[ARGS\][ \t\r\n]*)?(?=\{)")
+_MAYBE_NAMED = re.compile(r"[a-zA-Z0-9_.:-]{1,64}(\[[A-Z_]{0,7}(\]\w{0,64}[ \t\r\n]*(\[[A-Z]{0,4}(\][ \t\r\n]*)?)?)?)?")
+
+
 class MistralParser(ToolParser):
     """Mistral: text, then [TOOL_CALLS] and a list of objects, or in later models name[ARGS]{...} for each call."""
 
     MARK = "[TOOL_CALLS]"
-    _ARGS = "[ARGS]"
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,19 +248,17 @@ class MistralParser(ToolParser):
         if not rest:
             self._pending = ""
             return False
+        self._pending = rest
         if rest.startswith("{"):
-            self._pending = rest
             self._start_call()
             return True
-        brace = rest.find("{")
-        name = rest[: brace if brace >= 0 else len(rest)]
-        if brace < 0:
-            if last:
-                self._marked, self._pending = False, rest
-            return last
-        name = name.partition("[CALL_ID]")[0].removesuffix(self._ARGS).strip()
-        self._start_call()
-        assert self._call is not None
-        self._call.begin_named(name)
-        self._pending = rest[brace:]
+        if named := _NAMED.match(rest):
+            self._start_call()
+            assert self._call is not None
+            self._call.begin_named(named[1])
+            self._pending = rest[named.end() :]
+            return True
+        if not last and _MAYBE_NAMED.fullmatch(rest):
+            return False
+        self._marked = False
         return True

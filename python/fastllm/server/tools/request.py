@@ -16,7 +16,7 @@ _NAME = re.compile(r"[a-zA-Z0-9_.:-]{1,64}")
 
 @dataclass(frozen=True)
 class Tools:
-    """What a request may call. forced: the one function it must call; required: it must call one of them."""
+    """What a request may call. forced: the one function it must call, once; required: it must call one of them."""
 
     tools: list[dict[str, Any]]  # as the template wants them
     required: bool
@@ -32,6 +32,11 @@ class Tools:
     @property
     def names(self) -> frozenset[str]:
         return frozenset(function["name"] for function in self.functions)
+
+    @property
+    def any_strict(self) -> bool:
+        """The arguments of some call have to follow their schema."""
+        return any(function.get("strict") for function in self.functions)
 
     @property
     def must_call(self) -> bool:
@@ -57,7 +62,7 @@ def read_tools(
     required, forced = _choice(choice, names)
     if choice == "none":
         return None
-    return Tools(checked, required, forced, parallel is not False)
+    return Tools(checked, required, forced, parallel is not False and forced is None)
 
 
 def _tool(tool: Any, where: str, limits: GrammarLimits) -> dict[str, Any]:
@@ -76,6 +81,8 @@ def _tool(tool: Any, where: str, limits: GrammarLimits) -> dict[str, Any]:
     parameters = function.get("parameters")
     if not isinstance(parameters, dict | None):
         raise bad_request(f"{where}.function.parameters must be a JSON schema, which is an object.", "tools")
+    if not isinstance(function.get("strict"), bool | None):
+        raise bad_request(f"{where}.function.strict must be true or false.", "tools")
     try:
         check_value(parameters, limits)
     except GrammarError as error:
