@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from grammar_fixtures import compiler  # noqa: F401
 from model_fixtures import llama, seed, tiny_model  # noqa: F401
 from tiny_models import ENGINE
 

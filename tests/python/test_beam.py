@@ -60,12 +60,12 @@ def eager_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_twenty_prompts_give_the_sequences_and_scores_of_transformers(
-    eager_end: Path, make_llm: Llm, seed: int, one_torch_thread: None
+    device: str, eager_end: Path, make_llm: Llm, seed: int, one_torch_thread: None
 ) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(eager_end, dtype=torch.float32)
-    llm = make_llm(eager_end)
+    llm = make_llm(eager_end, device=device)
     batches = [random_prompts(seed + length, [length] * 5, 36) for length in (1, 8, 17, 33)]
     prompts = [prompt for batch in batches for prompt in batch]
     steps, ended, differ = 8, 0, 0
@@ -103,8 +103,8 @@ def test_twenty_prompts_give_the_sequences_and_scores_of_transformers(
     assert differ <= 2, f"{differ} sequences differ although their scores are equal"
 
 
-def test_beams_samples_and_ranked_samples_share_a_batch(eager_end: Path, make_llm: Llm, seed: int) -> None:
-    llm = make_llm(eager_end, max_num_seqs=9, num_gpu_blocks_override=40)
+def test_beams_samples_and_ranked_samples_share_a_batch(device: str, eager_end: Path, make_llm: Llm, seed: int) -> None:
+    llm = make_llm(eager_end, device=device, max_num_seqs=9, num_gpu_blocks_override=40)
     prompts = random_prompts(seed, [3, 9, 17, 30] * 3, 38)
     kinds = [
         SamplingParams(n=2, best_of=4, use_beam_search=True, max_tokens=10, temperature=0.0),
@@ -179,13 +179,13 @@ def test_a_wide_search_finds_what_brute_force_finds(
     ids=str,
 )
 def test_a_batch_gives_what_its_prompts_give_alone(
-    limits: dict[str, Any], llama: Path, make_llm: Llm, seed: int
+    limits: dict[str, Any], device: str, llama: Path, make_llm: Llm, seed: int
 ) -> None:
     prompts = random_prompts(seed, [5, 40, 16, 17, 3])
     params = BeamSearchParams(beam_width=3, max_tokens=18)
-    one = make_llm(llama)
+    one = make_llm(llama, device=device)
     alone = [one.beam_search(prompt, params)[0] for prompt in prompts]
-    together = make_llm(llama, **limits).beam_search(prompts, params)
+    together = make_llm(llama, device=device, **limits).beam_search(prompts, params)
     assert tokens_of(together) == tokens_of(alone)
     assert all(len(output.sequences) == 3 for output in together)
 

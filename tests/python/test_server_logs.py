@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from fastllm.server.json_log import FloodFilter, JsonFormatter, Logs, LogWriter, TextFormatter, escape
+from fastllm.server.limits import Limits
 from fastllm.server.request_log import RequestLog
 from server_fixtures import RunningServer, load_null, wait_until
 from server_process import server_process
@@ -104,10 +106,36 @@ def test_json_lines_carry_the_request_id_and_fields(log: Capture) -> None:
     assert refused["status"] == 400 and refused["reason"] == "invalid_request_error (n)"
 
 
+def test_bytes_that_are_no_request_have_a_line_and_are_counted(log: Capture) -> None:
+    server = start()
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
+            sock.sendall(b"SMASH \x1b[31m\r\n\r\n")
+            answer = b"".join(iter(lambda: sock.recv(4096), b"")).decode()
+        assert server.metric("fastllm:requests_refused_total", code="invalid_http") == 1
+        (refused,) = [one for one in log.objects() if one["logger"] == "fastllm.refused"]
+    finally:
+        server.close()
+    assert (refused["status"], refused["method"], refused["reason"]) == (400, "-", "invalid_http")
+    assert f"X-Request-Id: {refused['request_id']}\r\n" in answer and "\x1b" not in refused["message"]
+
+
+def test_stream_that_fails_has_a_line(log: Capture) -> None:
+    server = start(log_requests=False, limits=Limits(max_request_time_s=0.1))
+    try:
+        reply = server.complete(max_tokens=20_000, ignore_eos=True, stream=True)
+        wait_until(lambda: bool(log.lines("fastllm.refused")), 5)
+        (line,) = log.lines("fastllm.refused")
+    finally:
+        server.close()
+    assert " 200 " in line and f"id={reply.headers['X-Request-Id']} refused: request_timeout" in line
+
+
 def test_no_path_forges_a_line(log: Capture) -> None:
     server = start()
     try:
         server.ask("GET", "/v1/x%0d%0aINFO%20forged%1b%5b31m%c2%85%e2%80%a8")
+        wait_until(lambda: bool(log.lines("fastllm.refused")), 5)
         (line,) = log.lines("fastllm.refused")
     finally:
         server.close()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -92,4 +96,16 @@ def test_no_generated_request_brings_a_server_error(server: RunningServer, docum
 def test_no_generated_request_brings_a_server_error_in_a_long_run(
     server: RunningServer, document: dict[str, Any]
 ) -> None:
-    assert attack(server, document, 500) > 2000
+    """For releases: an hour or so. FASTLLM_FUZZ_EXAMPLES is the number for each operation and kind of data."""
+    assert attack(server, document, int(os.environ.get("FASTLLM_FUZZ_EXAMPLES", "2000"))) > 50
+
+
+@pytest.mark.slow
+def test_no_boundary_value_brings_a_server_error(server: RunningServer, tmp_path: Path) -> None:
+    """Every bound and every kind of value of every field, valid and not, as schemathesis derives them: some 5,000."""
+    pytest.importorskip("schemathesis")
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command = [sys.executable, "-m", "schemathesis.cli", "run", server.url + "/openapi.json", "--phases", "coverage"]
+    command += ["--checks", checks, "--mode", "all", "--generation-database", "none", "--no-color"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

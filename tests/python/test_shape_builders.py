@@ -109,7 +109,7 @@ def test_message_blocks_open_grow_and_close_one_after_the_other() -> None:
     assert builder.message.stop_reason == "tool_use"
     assert msgspec.to_builtins(builder.message)["content"] == [
         {"type": "thinking", "thinking": "Which city?", "signature": ""},
-        {"type": "text", "text": "Let me see.", "citations": None},
+        {"type": "text", "text": "Let me see."},
         {"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": "Köln"}},
         {"type": "tool_use", "id": "call_2", "name": "time", "input": {}},
     ]
@@ -140,4 +140,4 @@ def test_stop_reasons(reason: str, stopped_by: int | str | None, expected: tuple
     builder = MessageBuilder(Message(id="msg_1", model="m", usage=USAGE))
     builder.finish(reason, stopped_by, USAGE)
     assert (builder.message.stop_reason, builder.message.stop_sequence) == expected
-    assert msgspec.to_builtins(builder.message.content) == [{"type": "text", "text": "", "citations": None}]
+    assert msgspec.to_builtins(builder.message.content) == [{"type": "text", "text": ""}]

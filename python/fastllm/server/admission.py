@@ -12,6 +12,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from fastllm import _core
+from fastllm.outputs import TokenIds
 from fastllm.server.call import current_call
 from fastllm.server.cost import BYTES_PER_TOKEN, Cost
 from fastllm.server.errors import ApiError, bad_request
@@ -38,6 +40,8 @@ def check_open(state: ServerState) -> None:
         raise ApiError(503, "The server is shutting down; send the request elsewhere.", code="draining", retry_after=5)
     if not state.llm.healthy:
         raise ApiError(503, "The engine has stopped after a fault.", code="engine_unhealthy", retry_after=10)
+    if state.memory.short:
+        raise ApiError(503, "The server is short of memory; try again later.", code="memory_low", retry_after=5)
 
 
 def check_queue(state: ServerState, sequences: int) -> None:
@@ -215,25 +219,25 @@ def _check_chat(request: ChatRequest, limits: Limits) -> None:
         )
 
 
-def split_prompts(request: CompletionRequest, limits: Limits) -> list[str | list[int]]:
+def split_prompts(request: CompletionRequest, limits: Limits) -> list[str | TokenIds]:
     """The prompts of a completions call: one string, one list of token ids, or a list of either."""
-    prompt = request.prompt
+    prompt: Any = request.prompt
     if prompt is None or prompt == "":
         raise bad_request("prompt must be given and must not be empty.", "prompt")
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | memoryview):
         return [prompt]
-    kinds = set(map(type, prompt))
+    kinds = {list if one is memoryview else one for one in map(type, prompt)}
     if not kinds:
         raise bad_request("prompt must contain at least one prompt.", "prompt")
     if len(kinds) > 1:
         raise bad_request("prompt must be strings or token ids, not a mixture.", "prompt")
     if kinds == {int}:
-        return [prompt]  # type: ignore[list-item]
+        return [prompt]
     if len(prompt) > limits.max_prompts:
         raise bad_request(f"prompt takes at most {limits.max_prompts} prompts, got {len(prompt)}.", "prompt")
     if not all(prompt):
         raise bad_request("prompt must not contain an empty prompt.", "prompt")
-    return prompt  # type: ignore[return-value]
+    return list(prompt)
 
 
 def check_sequences(num_prompts: int, request: CommonRequest, limits: Limits) -> int:
@@ -268,13 +272,22 @@ def check_text_length(state: ServerState, chars: int, param: str) -> None:
         )
 
 
-def check_tokens(state: ServerState, ids: Sequence[int], param: str) -> None:
+def check_tokens(state: ServerState, ids: TokenIds, param: str) -> None:
     vocab = state.llm.model_config.vocab_size
     if not ids:
         raise bad_request(f"{param} is empty after tokenising.", param)
-    worst = min(ids) if min(ids) < 0 else max(ids)
-    if not 0 <= worst < vocab:
-        raise bad_request(f"Token id {str(worst)[:40]} is out of vocabulary: 0 <= id < {vocab}.", param)
+    outside = _core.first_outside(ids, vocab)
+    if outside is not None:
+        raise bad_request(f"Token id {str(ids[outside])[:40]} is out of vocabulary: 0 <= id < {vocab}.", param)
+
+
+def context_exceeded(max_len: int, num_prompt: int, param: str) -> ApiError:
+    return bad_request(
+        f"This model's maximum context length is {max_len} tokens. However, your prompt contains {num_prompt} "
+        "input tokens, which leaves no room for output. Please reduce the length of the input prompt.",
+        param,
+        "context_length_exceeded",
+    )
 
 
 def resolve_max_tokens(
@@ -286,12 +299,7 @@ def resolve_max_tokens(
     """
     max_len = state.llm.model_config.max_model_len
     if num_prompt >= max_len:
-        raise bad_request(
-            f"This model's maximum context length is {max_len} tokens. However, your prompt contains {num_prompt} "
-            "input tokens, which leaves no room for output. Please reduce the length of the input prompt.",
-            param,
-            "context_length_exceeded",
-        )
+        raise context_exceeded(max_len, num_prompt, param)
     room = max_len - num_prompt
     if requested is None:
         return room if default is None else min(default, room)

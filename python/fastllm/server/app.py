@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from fastllm.server import chat, completions, info, messages, openapi, responses
+from fastllm.server import chat, completions, deep_health, info, messages, openapi, responses
 from fastllm.server.auth import ROOT_PATH
 from fastllm.server.call import current_call
 from fastllm.server.connection import Runner, allow_open_files
@@ -23,9 +23,9 @@ from fastllm.server.console.routes import add_console
 from fastllm.server.cors import Cors
 from fastllm.server.errors import speaks_messages
 from fastllm.server.housekeeping import Housekeeping
+from fastllm.server.listener import listen
 from fastllm.server.middleware import current_request_id, outermost
 from fastllm.server.state import STATE_KEY, ServerState
-from fastllm.server.unix_socket import remove_dead_socket
 
 if TYPE_CHECKING:
     from fastllm.async_llm import AsyncLLM
@@ -58,9 +58,9 @@ def create_app(
     """Every route of the server, under `root_path` too where one is given."""
     app = web.Application(middlewares=[outermost], client_max_size=state.limits.max_body_bytes)
     app[STATE_KEY] = state
+    app[deep_health.GOLDEN_KEY] = deep_health.GoldenToken()
     app.on_response_prepare.append(_add_request_id)
-    if cors is not None:
-        cors.install(app)
+    (cors or Cors()).install(app)
     app[ROOT_PATH] = root_path.rstrip("/")
     prefixes = list(dict.fromkeys(("", app[ROOT_PATH])))
     if console:
@@ -82,6 +82,7 @@ def create_app(
         app.router.add_post(f"{prefix}/detokenize", info.detokenize)
         app.router.add_get(f"{prefix}/live", info.live)
         app.router.add_get(f"{prefix}/health", info.health)
+        app.router.add_get(f"{prefix}/health/deep", deep_health.handle)
         app.router.add_get(f"{prefix}/ready", info.ready)
         app.router.add_get(f"{prefix}/ping", info.health)
         app.router.add_post(f"{prefix}/ping", info.health)
@@ -122,6 +123,7 @@ class Server:
         )
         self._housekeeping = housekeeping or Housekeeping(state)
         self._chores: asyncio.Task[None] | None = None
+        self._listener: asyncio.Server | None = None
         self._uds: str | None = None
         self._llm: AsyncLLM | None = None
         self._loader: threading.Thread | None = None
@@ -137,14 +139,10 @@ class Server:
         allow_open_files(self.state.limits.max_connections + _OTHER_FILES)
         await self._runner.setup()
         self._chores = asyncio.create_task(self._housekeeping.run())
-        if uds is not None:
-            remove_dead_socket(uds)
-            await web.UnixSite(self._runner, uds, ssl_context=ssl_context, backlog=1024).start()
-            self._uds = uds
-            return 0
-        site = web.TCPSite(self._runner, host, port, ssl_context=ssl_context, backlog=1024)
-        await site.start()
-        return int(self._runner.addresses[0][1])
+        assert self._runner.server is not None  # after its setup
+        self._listener = await listen(self._runner.server, host, port, ssl_context, uds=uds)
+        self._uds = uds
+        return 0 if uds is not None else int(self._listener.sockets[0].getsockname()[1])
 
     async def load(self) -> AsyncLLM:
         """Loads on a thread of its own, so that /live answers meanwhile. Raises what the loader raises."""
@@ -189,6 +187,8 @@ class Server:
             await self.state.wait_idle(_CANCEL_GRACE_S)
             if not self.state.watch.faulted.is_set():  # a stuck engine thread cannot be joined
                 await self._llm.aclose()
+        if self._listener is not None:
+            self._listener.close()
         await self._runner.cleanup()
         for pool in (self.state.workers, self.state.compilers):
             pool.shutdown(wait=False, cancel_futures=True)

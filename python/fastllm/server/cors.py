@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from aiohttp.typedefs import Handler, Middleware
 from multidict import CIMultiDict
 
 from fastllm.server.errors import ApiError
+from fastllm.server.refusals import line_fields, note_refusal
+from fastllm.server.state import STATE_KEY
 
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 # Browsers send these without asking.
@@ -32,6 +35,7 @@ class Cors:
 
     def install(self, app: web.Application) -> None:
         """Preflights are answered before keys are checked: browsers send them without."""
+        app[CORS_KEY] = self
         if self.origins:
             app.middlewares.insert(0, self._middleware())
             app.on_response_prepare.append(self._on_prepare)
@@ -77,7 +81,10 @@ class Cors:
             refused.append("headers")
         if refused:
             error = ApiError(400, f"CORS does not allow this {', '.join(refused)}.", code="cors_refused")
-            return error.response()
+            request_id = uuid.uuid4().hex
+            fields = line_fields(request.remote, request.method, request.path, error.status, 0)
+            note_refusal(request.app[STATE_KEY].http, error, request_id, fields)
+            return error.response({"X-Request-Id": request_id})
         headers = {
             "Access-Control-Allow-Methods": ", ".join(methods),
             "Access-Control-Max-Age": _MAX_AGE,
@@ -86,3 +93,6 @@ class Cors:
         if names:
             headers["Access-Control-Allow-Headers"] = ", ".join(names)
         return web.Response(status=200, headers=headers)
+
+
+CORS_KEY: web.AppKey[Cors] = web.AppKey("cors", Cors)

@@ -102,6 +102,11 @@ class ApiError(Exception):
         sentence = f": {self.body.message}" if self.status in (401, 408, 413, 429, 503, 504) else ""
         return f"{self.body.code or self.body.type}{field}{sentence}"
 
+    def without_frames(self) -> ApiError:
+        """The same error, that no longer keeps what the handler held when it failed, such as a large body, alive."""
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
+
     def renamed(self, names: Mapping[str, str]) -> ApiError:
         """The same error for an API that calls the field it is about by another name."""
         old = self.body.param or ""

@@ -32,6 +32,7 @@ class HttpMetrics:
         self._durations: dict[tuple[str, str], Histogram] = {}  # by handler, method
         self._all_durations = Histogram(_FINE)
         self._refused: dict[str, int] = {"queue_full": 0, "draining": 0}  # by error code
+        self.unknown_fields = 0  # that bodies had and nobody reads
         self.event_loop_lag = Histogram(LAG)
 
     def answered(
@@ -79,6 +80,11 @@ class HttpMetrics:
             "fastllm:requests_refused",
             "Requests answered with an error, by its code.",
             (((("code", code),), count) for code, count in self._refused.items()),
+        )
+        page.counters(
+            "fastllm:unknown_request_fields",
+            "Fields of request bodies that were ignored because this server does not know them.",
+            [((), self.unknown_fields)],
         )
         page.histogram(
             "fastllm:event_loop_lag_seconds",

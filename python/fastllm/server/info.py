@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from collections.abc import Callable
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -14,7 +11,9 @@ from aiohttp import web
 from fastllm.server import admission
 from fastllm.server.body import read_json
 from fastllm.server.call import current_call
+from fastllm.server.elsewhere import worked
 from fastllm.server.errors import ApiError, bad_request
+from fastllm.server.long_answer import json_response, raw_array, raw_text
 from fastllm.server.metrics import CONTENT_TYPE
 from fastllm.server.prompts import encode_messages, encode_text
 from fastllm.server.protocol import (
@@ -30,10 +29,10 @@ from fastllm.server.state import STATE_KEY, Phase, ServerState
 from fastllm.server.stats import describe
 from fastllm.server.watch import EngineStatus, engine_status
 
-T = TypeVar("T")
+_FREED_AT_ONCE = 20_000  # tokens
 
 
-def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+def answer_json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     return web.Response(
         body=msgspec.json.encode(value),
         status=status,
@@ -52,46 +51,48 @@ def _card(state: ServerState, name: str) -> ModelCard:
 async def models(request: web.Request) -> web.Response:
     state = request.app[STATE_KEY]
     client = current_call().client
-    return _json(ModelList([_card(state, name) for name in state.model_names if client.may_use(name)]))
+    return answer_json(ModelList([_card(state, name) for name in state.model_names if client.may_use(name)]))
 
 
 async def model(request: web.Request) -> web.Response:
     state = request.app[STATE_KEY]
     name = request.match_info["model"]
     admission.check_model(state, name)
-    return _json(_card(state, name))
+    return answer_json(_card(state, name))
 
 
 async def live(request: web.Request) -> web.Response:
     """The process and its event loop turn; says nothing about the engine."""
-    return _json({"status": "alive"})
+    return answer_json({"status": "alive"})
 
 
 async def health(request: web.Request) -> web.Response:
     """The engine makes progress, or has nothing to do."""
     state = request.app[STATE_KEY]
     if not state.loaded:
-        return _json({"status": "starting"}, 503, {"Retry-After": "5"})
-    return _unhealthy(state) or _json({"status": "ok"})
+        return answer_json({"status": "starting"}, 503, {"Retry-After": "5"})
+    return unhealthy(state) or answer_json({"status": "ok"})
 
 
-def _unhealthy(state: ServerState) -> web.Response | None:
+def unhealthy(state: ServerState) -> web.Response | None:
     status = engine_status(state.llm, state.limits.step_limit(state.llm.engine_config.device))
     if state.watch.status is not EngineStatus.OK:
         status = state.watch.status  # what was seen first
     if status is EngineStatus.OK:
         return None
-    return _json({"status": status.value, "since_s": round(state.llm.heartbeat().age_s, 3)}, 503)
+    return answer_json({"status": status.value, "since_s": round(state.llm.heartbeat().age_s, 3)}, 503)
 
 
 async def ready(request: web.Request) -> web.Response:
     """Takes traffic: loaded, healthy, and not about to stop."""
     state = request.app[STATE_KEY]
     if state.phase is not Phase.READY:
-        return _json({"status": state.phase.value}, 503, {"Retry-After": "5"})
+        return answer_json({"status": state.phase.value}, 503, {"Retry-After": "5"})
     if state.watch.saturated:
-        return _json({"status": "queue_full"}, 503, {"Retry-After": "1"})
-    return _unhealthy(state) or _json({"status": "ready"})
+        return answer_json({"status": "queue_full"}, 503, {"Retry-After": "1"})
+    if state.memory.short:
+        return answer_json({"status": "memory_low"}, 503, {"Retry-After": "5"})
+    return unhealthy(state) or answer_json({"status": "ready"})
 
 
 async def metrics(request: web.Request) -> web.Response:
@@ -108,16 +109,16 @@ async def version(request: web.Request) -> web.Response:
     if request.query.get("verbose", "false").lower() not in ("false", "0"):
         state = request.app[STATE_KEY]
         answer["limits"] = state.limits_in_force()
-    return _json(answer)
+    return answer_json(answer)
 
 
 async def load(request: web.Request) -> web.Response:
     """Requests accepted and not yet answered, for load balancers."""
-    return _json({"server_load": request.app[STATE_KEY].active_requests})
+    return answer_json({"server_load": request.app[STATE_KEY].active_requests})
 
 
 async def stats(request: web.Request) -> web.Response:
-    return _json(describe(request.app[STATE_KEY]))
+    return answer_json(describe(request.app[STATE_KEY]))
 
 
 async def tokenize(request: web.Request) -> web.Response:
@@ -133,9 +134,16 @@ async def tokenize(request: web.Request) -> web.Response:
         _, ids = await encode_messages(state, body, bool(body.add_special_tokens))
     else:
         ids = await encode_text(state, body.prompt or "", body.add_special_tokens is not False, "prompt")
-    tokenizer = state.llm.tokenizer
-    pieces = await _elsewhere(state, len(ids), tokenizer.pieces, ids) if body.return_token_strs else None
-    return _json(TokenizeResponse(len(ids), state.llm.model_config.max_model_len, ids, pieces))
+    long = len(ids) > state.limits.inline_tokenize_chars
+    return json_response(await worked(state, long, _tokens, state, ids, bool(body.return_token_strs)))
+
+
+def _tokens(state: ServerState, ids: list[int], with_strs: bool) -> bytes:
+    pieces = raw_array(state.llm.tokenizer.pieces(ids)) if with_strs else None
+    answer = TokenizeResponse(len(ids), state.llm.model_config.max_model_len, raw_array(ids), pieces)
+    while ids:  # freeing them takes time, too
+        del ids[-_FREED_AT_ONCE:]
+    return msgspec.json.encode(answer)
 
 
 async def detokenize(request: web.Request) -> web.Response:
@@ -145,12 +153,9 @@ async def detokenize(request: web.Request) -> web.Response:
     admission.check_model(state, body.model)
     if body.tokens:
         admission.check_tokens(state, body.tokens, "tokens")
-    decode = partial(state.llm.tokenizer.decode, skip_special_tokens=False)
-    return _json(DetokenizeResponse(await _elsewhere(state, len(body.tokens), decode, body.tokens)))
+    long = len(body.tokens) > state.limits.inline_tokenize_chars
+    return json_response(await worked(state, long, _text, state, body.tokens))
 
 
-async def _elsewhere(state: ServerState, size: int, work: Callable[[list[int]], T], ids: list[int]) -> T:
-    """work(ids), on a worker if it may hold up the event loop."""
-    if size <= state.limits.inline_tokenize_chars:
-        return work(ids)
-    return await asyncio.get_running_loop().run_in_executor(state.workers, work, ids)
+def _text(state: ServerState, ids: list[int]) -> bytes:
+    return msgspec.json.encode(DetokenizeResponse(raw_text(state.llm.tokenizer.decode(ids, False))))

@@ -20,12 +20,12 @@ import msgspec
 ACCESS_LOGGER = "fastllm.access"  # answered requests
 REQUEST_LOGGER = "fastllm.requests"  # accepted requests, for --enable-log-requests
 _WHOLE = frozenset({ACCESS_LOGGER, REQUEST_LOGGER})  # as many lines as requests, because somebody wants them
+LINES_PER_SECOND = 20  # of one kind
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _CONTROL_BUT_NEWLINE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _QUEUE_LINES = 10_000
 _CLOSE_WAIT_S = 1.0
 _FLOOD_WINDOW_S = 1.0
-_FLOOD_LINES = 20  # of one kind in a window
 _FLOOD_KINDS = 1024
 
 
@@ -73,14 +73,16 @@ class FloodFilter(logging.Filter):
     A kind is a logger and a template, not a text. Lines that were asked for per request are never left out.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, lines: int = LINES_PER_SECOND) -> None:
+        """lines: of a kind in a second; 0: no limit."""
         super().__init__()
         self._clock = clock
+        self._most = lines
         self._lock = threading.Lock()
         self._kinds: dict[tuple[str, str], _Kind] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.name in _WHOLE:
+        if record.name in _WHOLE or not self._most:
             return True
         now = self._clock()
         with self._lock:
@@ -93,7 +95,7 @@ class FloodFilter(logging.Filter):
             if now - kind.since >= _FLOOD_WINDOW_S:
                 kind.since, kind.lines = now, 0
             kind.lines += 1
-            if kind.lines > _FLOOD_LINES:
+            if kind.lines > self._most:
                 kind.left_out += 1
                 return False
             left_out, kind.left_out = kind.left_out, 0
@@ -178,11 +180,12 @@ class Logs:
         level: str = "info",
         access_level: str = "info",
         format: str = "text",
+        lines_per_second: int = LINES_PER_SECOND,
         request_id: Callable[[], str] = str,
         stream: TextIO | None = None,
     ) -> None:
         """request_id: of the request that the calling task answers, or ""."""
-        self.flood = FloodFilter()
+        self.flood = FloodFilter(lines=lines_per_second)
         self.writer = LogWriter(stream or sys.stderr)
         self.writer.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
 

@@ -21,6 +21,9 @@ class Limits:
     max_json_items: int = _limit(
         100_000, "N", "longest JSON array; more get 400; the context's length is always allowed, for token ids"
     )
+    max_json_values: int = _limit(
+        32_768, "N", "most values of a JSON body, long lists of token ids aside; more get 400"
+    )
     max_prompts: int = _limit(1024, "N", "most prompts in one completions call")
     max_n: int = _limit(128, "N", "largest n of a request")
     max_sequences: int = _limit(1024, "N", "most prompts * n in one call")
@@ -52,6 +55,11 @@ class Limits:
     )
     max_waiting_time_s: float = _limit(
         120.0, "SECONDS", "time a request may wait before it starts; then, or when that can be foreseen, it gets 503"
+    )
+    max_memory_percent: int = _limit(
+        95,
+        "PERCENT",
+        "memory held, of what the container or the machine has; beyond it new requests get 503; 0: any",
     )
     max_request_time_s: float = _limit(3600.0, "SECONDS", "time from admission to the last token; then it gets 504")
     # ---- connections

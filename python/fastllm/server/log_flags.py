@@ -20,6 +20,13 @@ def add_log_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: one object a line")
     group.add_argument(
+        "--log-lines-per-second",
+        type=parse_count,
+        default=20,
+        metavar="N",
+        help="lines of one kind, such as refusals, that are written each second; the rest is counted; 0: no limit",
+    )
+    group.add_argument(
         "--uvicorn-log-level",
         type=str.lower,
         choices=(*_LOG_LEVELS, "trace"),

@@ -166,6 +166,7 @@ class Metrics:
 
     def _write_own(self, page: Page, stats: _core.EngineStats) -> None:
         page.counter("fastllm:kv_block_leaks", "Blocks in use while idle; stays 0.", stats.block_leaks)
+        page.counter("fastllm:nan_rows", "Requests ended because their logits were not numbers.", stats.nan_rows)
         page.counter("fastllm:engine_steps", "Engine steps.", stats.num_steps)
         page.gauge("fastllm:kv_blocks", "KV blocks.", stats.total_blocks)
         page.gauge("fastllm:kv_blocks_used", "KV blocks held by sequences.", stats.used_blocks)

@@ -13,14 +13,14 @@ from contextvars import ContextVar
 from aiohttp import web
 
 from fastllm.server import admission
-from fastllm.server.call import begin_call
+from fastllm.server.call import Call, begin_call
 from fastllm.server.errors import ApiError, api_error, from_http_exception, internal_error
 from fastllm.server.hosts import check_host
-from fastllm.server.json_log import ACCESS_LOGGER, escape
+from fastllm.server.json_log import ACCESS_LOGGER
+from fastllm.server.refusals import line_fields, note_refusal
 from fastllm.server.state import STATE_KEY, Phase, ServerState
 
 access_log = logging.getLogger(ACCESS_LOGGER)
-refusal_log = logging.getLogger("fastllm.refused")
 logger = logging.getLogger("fastllm.server")
 
 # Set by the outermost middleware for the task that answers the request.
@@ -54,17 +54,20 @@ async def outermost(request: web.Request, handler: Handler) -> web.StreamRespons
     status = 499  # the client went away before there was an answer
     size = 0
     error: ApiError | None = None
+    call: Call | None = None
     try:
         try:
-            if state.phase is Phase.DRAINING and request.method == "POST":
-                admission.check_open(state)
+            if request.method == "POST":
+                await state.turns.take()
+                if state.phase is Phase.DRAINING:
+                    admission.check_open(state)
             check_host(state, request)
             client = state.keys.client_of(request)
-            begin_call(client)
+            call = begin_call(client)
             with client.serving() if request.method == "POST" else nullcontext():
                 response = await handler(request)
         except ApiError as exc:
-            error, response = exc, exc.response(path=request.path)
+            error, response = exc.without_frames(), exc.response(path=request.path)
         except web.HTTPException as exc:
             error = api_error(exc, request)
             response = from_http_exception(exc, request)
@@ -84,35 +87,14 @@ async def outermost(request: web.Request, handler: Handler) -> web.StreamRespons
         resource = request.match_info.route.resource
         handler_name = resource.canonical if resource is not None else "none"
         state.http.answered(handler_name, request.method, status, seconds, request.content_length or 0, size)
-        _log(state, request, status, seconds, request_id, error)
+        _log(state, request, status, seconds, request_id, error or (call.error if call else None))
 
 
 def _log(
     state: ServerState, request: web.Request, status: int, seconds: float, request_id: str, error: ApiError | None
 ) -> None:
+    fields = line_fields(request.remote, request.method, request.path, status, seconds)
     if error is not None:
-        state.http.refused(error.body.code or error.body.type)
-    if error is None and (not state.log_requests or request.path in state.quiet_paths):
-        return
-    remote, method, path = request.remote or "unix", request.method[:16], escape(request.path[:200])
-    milliseconds = round(seconds * 1e3, 1)
-    fields = {"remote": remote, "method": method, "path": path, "status": status, "ms": milliseconds}
-    if error is None:
-        access_log.info(
-            "%s %s %s %d %.0f ms id=%s",
-            remote,
-            method,
-            path,
-            status,
-            milliseconds,
-            request_id,
-            extra={"fields": fields},
-        )
-        return
-    fields["reason"] = error.reason
-    refusal_log.log(
-        logging.WARNING if status >= 500 else logging.INFO,
-        "%s %s %s %d %.0f ms id=%s refused: %s",
-        *(remote, method, path, status, milliseconds, request_id, error.reason),
-        extra={"fields": fields},
-    )
+        note_refusal(state.http, error, request_id, fields)
+    elif state.log_requests and request.path not in state.quiet_paths:
+        access_log.info("%s %s %s %d %.0f ms id=%s", *fields.values(), request_id, extra={"fields": fields})

@@ -33,4 +33,4 @@ class RequestLog:
         logger.info("request %s: %d prompt tokens; %s", request_id, len(job.prompt_ids), ", ".join(shown))
         if logger.isEnabledFor(logging.DEBUG):
             text = tokenizer.decode(job.prompt_ids, False)[: self._max_len]
-            logger.debug("request %s: prompt %r, token ids %s", request_id, text, job.prompt_ids[: self._max_len])
+            logger.debug("request %s: prompt %r, token ids %s", request_id, text, list(job.prompt_ids[: self._max_len]))

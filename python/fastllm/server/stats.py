@@ -66,6 +66,7 @@ def _describe_engine(state: ServerState) -> dict[str, Any]:
             "preemptions": stats.num_preemptions,
             "finished_requests": stats.num_finished,
             "aborted_requests": stats.num_aborted,
+            "nan_rows": stats.nan_rows,
         },
         "kv_cache": {
             "blocks": stats.total_blocks,

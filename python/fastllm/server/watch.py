@@ -1,4 +1,4 @@
-"""Watches the engine and the event loop: a busy engine is not dead, a frozen one is not alive.
+"""Watches the engine, the event loop and the memory: a busy engine is not dead, a frozen one is not alive.
 
 The engine's heartbeat advances at the begin and the end of every step. One that is busy and has not advanced for the
 step's time limit is hung; one that failed says so itself. Either is final: every request ends with an error, and the
@@ -72,6 +72,7 @@ class Watch:
             self.max_loop_lag_s = max(self.max_loop_lag_s, self.loop_lag_s)
             self.max_loop_work_s = max(self.max_loop_work_s, min(self.loop_lag_s, time.thread_time() - worked))
             self._look_at_queue(now)
+            await self._state.memory.look()
             self.status = engine_status(self._state.llm, limit)
         self._end_everything(limit)
 
