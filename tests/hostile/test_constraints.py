@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from harness import ANSWER_WITHIN_S, CHAT, COMPLETIONS, REPEATS, Target, check
 
+KEPT = 256  # compiled grammars
 BAD, OK, EITHER = (400,), (200,), (200, 400)
 DEEP: dict[str, Any] = {}
 for _ in range(300):
@@ -17,6 +18,14 @@ DOUBLING = {
     "$defs": {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(24)} | {"d24": {"type": "string"}},
     "$ref": "#/$defs/d0",
 }
+# Grammars whose every text can be read in many ways: each token takes longer than the one before.
+AMBIGUOUS = [
+    'start: (x* y*)+\nx: "a"* "b"*\ny: "a"* "b"*\n',
+    'start: s\ns: s s s | s s | "a" | "b"\n',
+    "start: s\ns: " + " | ".join(f"x{i} s" for i in range(60)) + ' | "a"\n'
+    "" + "\n".join(f'x{i}: "a" | x{(i + 1) % 60} x{(i + 2) % 60}' for i in range(60)),
+]
+ENDLESS = {"max_tokens": 4000, "min_tokens": 4000}
 MUTUAL = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
@@ -76,11 +85,31 @@ def test_row(target: Target, name: str, path: str, body: Any, statuses: tuple[in
             check(answer, statuses, param)
 
 
-def test_c43_many_schemas_do_not_fill_the_memory(target: Target) -> None:
+@pytest.mark.parametrize("grammar", AMBIGUOUS, ids=["stars", "splits", "words"])
+def test_c42_masks_that_take_ever_longer_end_their_request(target: Target, grammar: str) -> None:
+    data = json.dumps(complete(guided_grammar=grammar) | ENDLESS).encode()
     with target.undisturbed():
-        for i in range(300):
+        start = time.monotonic()
+        answer = target.ask("POST", COMPLETIONS, data)
+        assert time.monotonic() - start < 8
+        check(answer, BAD)
+        assert b"too complex to follow" in answer.body or b"takes too long to follow" in answer.body
+
+
+def test_c43_many_schemas_do_not_fill_the_memory(target: Target) -> None:
+    """Some are kept; once those are as many as may be, further ones take no more."""
+
+    def send(numbers: range) -> None:
+        for i in numbers:
             form = {"type": "object", "properties": {f"p{i}_{k}": {"enum": ["x" * 40 + str(k)]} for k in range(40)}}
             check(target.ask("POST", CHAT, chat(**schema(form))), OK)
+
+    with target.undisturbed():
+        target.check_memory()
+        send(range(KEPT))
+        taken = target.settle()
+        assert taken < 128 << 20
+        send(range(KEPT, KEPT + 120))
     target.check_memory()
 
 
@@ -88,8 +117,11 @@ def test_c47_code_in_a_tool_call_stays_text(target: Target, tmp_path_factory: py
     harm = tmp_path_factory.mktemp("harm") / "executed"
     code = f"__import__('os').mkdir('{harm}')"
     text = json.dumps({"name": "f", "arguments": {"x": code}})
-    body = chat(tools=[TOOL], guided_choice=[text, f"[f(x={code})]"], max_tokens=200)
+    body = chat(tools=[TOOL], guided_choice=[text], max_tokens=400)
     with target.undisturbed():
         for _ in range(REPEATS):
-            check(target.ask("POST", CHAT, body), EITHER)
+            answer = target.ask("POST", CHAT, body)
+            check(answer, OK)
+            (call,) = json.loads(answer.body)["choices"][0]["message"]["tool_calls"]
+            assert json.loads(call["function"]["arguments"]) == {"x": code}
     assert not harm.exists()

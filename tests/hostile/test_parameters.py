@@ -8,13 +8,19 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-from harness import ANSWER_WITHIN_S, CHAT, COMPLETIONS, REPEATS, Target, check
+from harness import ANSWER_WITHIN_S, CHAT, COMPLETIONS, REPEATS, Target, check, post
 from test_hostile_requests import CASES, body_for
 
 CONTEXT = 8192  # tokens, of the target
 OK, BAD = (200,), (400,)
+ROW_OF = {
+    **{"model": "C1", "prompt": "C4", "max_tokens": "C10", "n": "C13", "best_of": "C14", "temperature": "C16"},
+    **{"top_p": "C17", "min_p": "C19", "presence_penalty": "C20", "frequency_penalty": "C20", "seed": "C23"},
+    **{"repetition_penalty": "C20", "logprobs": "C25", "prompt_logprobs": "C25", "stop": "C26", "logit_bias": "C29"},
+    **{"stop_token_ids": "C28", "stream": "C32", "stream_options": "C32", "priority": "C34", "suffix": "C61"},
+}
 GROUPS = [
-    (f"{path} {name} {'/'.join(map(str, statuses))}", list(rows))
+    (f"{ROW_OF.get(name, 'C')} {path} {name} {'/'.join(map(str, statuses))}", list(rows))
     for (path, name, statuses), rows in groupby(CASES, key=lambda row: (row[0], row[1], row[3]))
 ]
 # Longer ones are sent 3 times: what they cost is the client's sending.
@@ -46,12 +52,14 @@ def ids(count: int) -> list[int]:
     return [7] * count
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
 EMPTY: tuple[Any, ...] = ([], [[]], [""], "", None, [[], [1]])
 NO_CONTENT: tuple[Any, ...] = (None, 5, {}, [{}], [5], [{"text": "x"}])
 ANY = (200, 400)
 ROWS: list[tuple[str, str, Any, tuple[int, ...], str | None]] = [
     *((f"C1 model {m[:20]!r}", COMPLETIONS, complete(model=m), (400, 404), "model") for m in ("", "x" * 1_000_000)),
     *((f"C1 model {m}", COMPLETIONS, complete(model=m), (404,), "model") for m in ("../../etc/passwd", "file:///x")),
+    ("C2 no prompt", COMPLETIONS, {"max_tokens": 1}, BAD, "prompt"),
     *((f"C2 prompt {p!r}", COMPLETIONS, complete(prompt=p), BAD, "prompt") for p in EMPTY),
     *(
         (f"C4 token {t!r}", COMPLETIONS, complete(prompt=[5, t]), BAD, "prompt")
@@ -65,6 +73,7 @@ ROWS: list[tuple[str, str, Any, tuple[int, ...], str | None]] = [
         for unit in ("a", " ", "\U0001f600", "<|im_start|>", "\u6f22", "aA")
     ),
     ("C10 more than the context, completions", COMPLETIONS, complete(max_tokens=CONTEXT), BAD, "max_tokens"),
+    ("C10 more than the context, chat", CHAT, chat(message(), max_tokens=2 * CONTEXT), ANY, None),
     ("C11 two limits", CHAT, chat(message(), max_completion_tokens=3), BAD, "max_completion_tokens"),
     ("C13 n times prompts", COMPLETIONS, complete(prompt=["x"] * 64, n=64), BAD, "n"),
     ("C14 best_of and stream", COMPLETIONS, complete(best_of=10**9, stream=True), BAD, None),
@@ -78,12 +87,20 @@ ROWS: list[tuple[str, str, Any, tuple[int, ...], str | None]] = [
     ),
     ("C29 300001 biases", COMPLETIONS, complete(logit_bias={str(i): 1 for i in range(150_000)}), BAD, "logit_bias"),
     ("C31 everything forbidden", COMPLETIONS, complete(logit_bias={str(i): -100 for i in range(258)}), OK, None),
+    (
+        "C31 what the choice allows is forbidden",
+        COMPLETIONS,
+        complete(guided_choice=["a"], logit_bias={str(i): -100 for i in range(258)}),
+        OK,
+        None,
+    ),
     ("C49 template in the request", CHAT, chat(message(), chat_template="{{ 7*7 }}"), BAD, "chat_template"),
     *(
         (f"C50 {k}", CHAT, chat(message(), chat_template_kwargs=k), BAD, "chat_template_kwargs")
         for k in ({"tokenize": True}, {"messages": []}, {"tools": [1]})
     ),
     ("C50 unknown kwarg", CHAT, chat(message(), chat_template_kwargs={"x": {"y": [1]}}), ANY, None),
+    ("C50 large kwarg", CHAT, chat(message(), chat_template_kwargs={"x": "y" * 1_000_000}), ANY, None),
     ("C52 unknown role", CHAT, chat(message("king")), BAD, "messages"),
     ("C52 no role", CHAT, {"messages": [{"content": "x"}]}, BAD, "messages"),
     ("C52 system in the middle", CHAT, chat(message(), message("system"), message()), ANY, None),
@@ -104,6 +121,13 @@ ROWS: list[tuple[str, str, Any, tuple[int, ...], str | None]] = [
     ),
     ("C58 placeholders of other models", CHAT, chat(message(content="<image><|vision_start|>[IMG]" * 50)), OK, None),
     ("C59 answer of no tool", CHAT, chat(message("tool", tool_call_id="none")), ANY, None),
+    (
+        "C59 arguments that are no JSON",
+        CHAT,
+        chat(message(), message("assistant", None, tool_calls=[CALL]), message("tool", tool_call_id="other")),
+        ANY,
+        None,
+    ),
     ("C61 echo in a chat", CHAT, chat(message(), echo=True), BAD, "echo"),
     (
         "C62 no end but the context",
@@ -157,6 +181,33 @@ def test_c68_prefixes_are_found_within_a_salt_only(target: Target) -> None:
         for number in range(REPEATS):
             assert (cached(f"a{number}", 0), cached(f"b{number}", 0)) == (0, 0)
             assert cached(f"a{number}", 1) > 0
+
+
+@pytest.mark.parametrize("path", "/v1/embeddings /embeddings /v1/rerank /v1/score /pooling /classify".split())
+def test_c64_route_that_does_not_exist(target: Target, path: str) -> None:
+    """There are no embeddings yet; whatever is sent gets the 404 of every unknown path."""
+    inputs: tuple[Any, ...] = ("x", "", [], ["x"] * 10_000, [-1, 2**40], None, 5)
+    rows: list[Any] = [{"model": "null", "input": value} for value in inputs]
+    rows += [{"input": "x", "dimensions": value} for value in (0, 10**9, -1, "x")]
+    rows += [{"input": "x", "encoding_format": "x"}, [], b"{", b"\xff"]
+    with target.undisturbed():
+        for row in rows:
+            for _ in range(3):
+                check(target.ask("POST", path, row), (404,))
+
+
+def test_c71_the_same_request_again_after_a_disconnect(target: Target) -> None:
+    body = json.dumps(complete(max_tokens=40, seed=5, temperature=1, ignore_eos=True, return_token_ids=True)).encode()
+    request = post(
+        COMPLETIONS, body, "Content-Type: application/json", f"Content-Length: {len(body)}", "X-Request-Id: r"
+    )
+    with target.undisturbed():
+        answers = []
+        for _ in range(REPEATS):
+            with target.connect() as sock:
+                sock.sendall(request)
+            answers.append(json.loads(target.raw(request).body)["choices"][0]["token_ids"])
+    assert all(ids == answers[0] and len(ids) == 40 for ids in answers)
 
 
 def test_c70_request_header_that_asks_for_a_timeout_changes_nothing(target: Target) -> None:

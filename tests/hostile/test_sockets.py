@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import struct
 import time
@@ -11,6 +12,7 @@ from contextlib import suppress
 
 import pytest
 from harness import ANSWER_WITHIN_S, CHAT, COMPLETIONS, REPEATS, Target, check, get, parse, post, read_all
+from ledger import Ledger
 
 from server_fixtures import ServerProcess
 
@@ -191,16 +193,30 @@ class KeyedTarget(Target):
     def __init__(self) -> None:
         self.process = ServerProcess("fastllm.server", FASTLLM_API_KEY=KEY.decode())
         self.process.wait_ready()
+        self.ledger = Ledger(self.process.lines)
         self.sent = 0
         self.port = int(self.process.url.rsplit(":", 1)[1])
 
 
-def test_a28_name_that_was_rebound_to_this_machine(target: Target) -> None:
-    head = [JSON, f"Content-Length: {len(BODY)}", "Origin: http://evil.example", "Connection: close", "", ""]
-    data = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: evil.example\r\n".encode() + "\r\n".join(head).encode() + BODY
-    with target.undisturbed():
-        for _ in range(REPEATS):
-            check(target.raw(data), (403,))
+@pytest.mark.parametrize(
+    "host, origin",
+    [
+        ("evil.example", "Origin: http://evil.example"),
+        ("evil.example", "X: no origin"),
+        ("127.0.0.1", "Origin: http://evil.example"),
+        ("localhost", "Origin: null"),
+        ("localhost@evil.example", "Origin: https://localhost.evil.example"),
+    ],
+)
+def test_a28_page_of_another_site(target: Target, host: str, origin: str) -> None:
+    """It posts across origins without a preflight, or had its name rebound to this machine."""
+    for path in (COMPLETIONS, CHAT, "/v1/nowhere"):
+        head = post(path, BODY, origin, f"Content-Length: {len(BODY)}").replace(b"Host: a", f"Host: {host}".encode())
+        with target.undisturbed():
+            for _ in range(REPEATS):
+                check(target.raw(head), (403,))
+    for path in ("/stats", "/v1/models", "/metrics"):
+        check(target.raw(get(path, origin).replace(b"Host: a", f"Host: {host}".encode())), (403,))
 
 
 def test_a29_body_that_is_waited_for_in_vain(target: Target) -> None:
@@ -264,6 +280,10 @@ def test_a40_client_that_stops_reading_its_stream(target: Target) -> None:
             sock.connect(("127.0.0.1", target.port))
             sock.sendall(post(COMPLETIONS, json.dumps(long).encode(), close=False) * 4)
             stuck.append(sock)
+        for sock in stuck:
+            hung_up = select.poll()
+            hung_up.register(sock, 0)
+            assert hung_up.poll(30_000), "the server still waits for a client that reads nothing"
     for sock in stuck:
         sock.close()
     target.check_memory()
