@@ -57,61 +57,24 @@ double read_rate(ThreadPool& pool) {
 constexpr int kRounds = 200000;
 
 #if defined(__x86_64__)
-// The instructions are spelled out, so this file needs no instruction-set flags.
-void fma_512(int) {
-  for (int i = 0; i < kRounds; ++i) {
-    __asm__ volatile(
-        "vfmadd231ps %%zmm0,%%zmm0,%%zmm1\n vfmadd231ps %%zmm0,%%zmm0,%%zmm2\n vfmadd231ps %%zmm0,%%zmm0,%%zmm3\n"
-        "vfmadd231ps %%zmm0,%%zmm0,%%zmm4\n vfmadd231ps %%zmm0,%%zmm0,%%zmm5\n vfmadd231ps %%zmm0,%%zmm0,%%zmm6\n"
-        "vfmadd231ps %%zmm0,%%zmm0,%%zmm7\n vfmadd231ps %%zmm0,%%zmm0,%%zmm8\n vfmadd231ps %%zmm0,%%zmm0,%%zmm9\n"
-        "vfmadd231ps %%zmm0,%%zmm0,%%zmm10\n"
-        "vfmadd231ps %%zmm0,%%zmm0,%%zmm11\n"
-        "vfmadd231ps %%zmm0,%%zmm0,%%zmm12" ::
-            : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
-              "xmm12");
+// The instructions are spelled out, so this file needs no instruction-set flags. Twelve sums wait for nothing.
+#define FASTLLM_ONE(op, reg, i) op " %%" reg "0,%%" reg "0,%%" reg #i "\n"
+#define FASTLLM_FOUR(op, reg, i, j, k, l) \
+  FASTLLM_ONE(op, reg, i) FASTLLM_ONE(op, reg, j) FASTLLM_ONE(op, reg, k) FASTLLM_ONE(op, reg, l)
+#define FASTLLM_TWELVE(name, op, reg)                                                                            \
+  void name(int) {                                                                                               \
+    for (int i = 0; i < kRounds; ++i) {                                                                          \
+      __asm__ volatile(FASTLLM_FOUR(op, reg, 1, 2, 3, 4) FASTLLM_FOUR(op, reg, 5, 6, 7, 8)                       \
+                           FASTLLM_FOUR(op, reg, 9, 10, 11, 12)::                                                \
+                               : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
+                                 "xmm10", "xmm11", "xmm12");                                                     \
+    }                                                                                                            \
   }
-}
-void fma_256(int) {
-  for (int i = 0; i < kRounds; ++i) {
-    __asm__ volatile(
-        "vfmadd231ps %%ymm0,%%ymm0,%%ymm1\n vfmadd231ps %%ymm0,%%ymm0,%%ymm2\n vfmadd231ps %%ymm0,%%ymm0,%%ymm3\n"
-        "vfmadd231ps %%ymm0,%%ymm0,%%ymm4\n vfmadd231ps %%ymm0,%%ymm0,%%ymm5\n vfmadd231ps %%ymm0,%%ymm0,%%ymm6\n"
-        "vfmadd231ps %%ymm0,%%ymm0,%%ymm7\n vfmadd231ps %%ymm0,%%ymm0,%%ymm8\n vfmadd231ps %%ymm0,%%ymm0,%%ymm9\n"
-        "vfmadd231ps %%ymm0,%%ymm0,%%ymm10\n"
-        "vfmadd231ps %%ymm0,%%ymm0,%%ymm11\n"
-        "vfmadd231ps %%ymm0,%%ymm0,%%ymm12" ::
-            : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
-              "xmm12");
-  }
-}
-
-// int8 products without tiles: four neighbouring products are added to each 32-bit number.
-void vnni_512(int) {
-  for (int i = 0; i < kRounds; ++i) {
-    __asm__ volatile(
-        "vpdpbusd %%zmm0,%%zmm0,%%zmm1\n vpdpbusd %%zmm0,%%zmm0,%%zmm2\n vpdpbusd %%zmm0,%%zmm0,%%zmm3\n"
-        "vpdpbusd %%zmm0,%%zmm0,%%zmm4\n vpdpbusd %%zmm0,%%zmm0,%%zmm5\n vpdpbusd %%zmm0,%%zmm0,%%zmm6\n"
-        "vpdpbusd %%zmm0,%%zmm0,%%zmm7\n vpdpbusd %%zmm0,%%zmm0,%%zmm8\n vpdpbusd %%zmm0,%%zmm0,%%zmm9\n"
-        "vpdpbusd %%zmm0,%%zmm0,%%zmm10\n"
-        "vpdpbusd %%zmm0,%%zmm0,%%zmm11\n"
-        "vpdpbusd %%zmm0,%%zmm0,%%zmm12" ::
-            : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
-              "xmm12");
-  }
-}
-void vnni_256(int) {
-  for (int i = 0; i < kRounds; ++i) {
-    __asm__ volatile(
-        "%{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm1\n %{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm2\n"
-        "%{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm3\n %{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm4\n"
-        "%{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm5\n %{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm6\n"
-        "%{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm7\n %{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm8\n"
-        "%{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm9\n %{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm10\n"
-        "%{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm11\n %{vex%} vpdpbusd %%ymm0,%%ymm0,%%ymm12" ::
-            : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
-              "xmm12");
-  }
-}
+FASTLLM_TWELVE(fma_512, "vfmadd231ps", "zmm")
+FASTLLM_TWELVE(fma_256, "vfmadd231ps", "ymm")
+FASTLLM_TWELVE(pairs_512, "vdpbf16ps", "zmm")  // bf16: two neighbouring products are added to each 32-bit number
+FASTLLM_TWELVE(vnni_512, "vpdpbusd", "zmm")    // int8: four
+FASTLLM_TWELVE(vnni_256, "%{vex%} vpdpbusd", "ymm")
 
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -189,6 +152,8 @@ Ceilings measure() {
     constexpr double kBf16 = 16 * 16 * 32 * 2, kInt8 = 2 * kBf16;  // operations of one tile product
     c.bf16 = best_rate(all, n * (kRounds / 8) * 4 * kBf16, tiles_bf16);
     if (int8.tiles) c.int8 = best_rate(all, n * (kRounds / 8) * 4 * kInt8, tiles_int8);
+  } else if (has("avx512_bf16")) {
+    c.bf16 = best_rate(all, n * kRounds * 12 * 64, pairs_512);
   }
 #endif
   if (c.fp32 == 0) c.fp32 = best_rate(all, n * kRounds * 32, fma_plain);

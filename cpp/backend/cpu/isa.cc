@@ -22,7 +22,8 @@ Kernels table();
 }
 namespace isa_avx512 {
 Kernels table();
-}
+Kernels table_bf16();
+}  // namespace isa_avx512
 namespace isa_amx {
 Kernels table();
 }
@@ -61,6 +62,7 @@ std::vector<std::string> available_isas() {
     names.emplace_back("amx");
 #endif
 #if defined(FASTLLM_WITH_AVX512)
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) names.emplace_back("avx512_bf16");
   if (avx512) names.emplace_back("avx512");
 #endif
 #if defined(FASTLLM_WITH_AVX2)
@@ -86,6 +88,7 @@ Kernels select_kernels(const std::string& isa) {
     if (name == "amx") return isa_amx::table();
 #endif
 #if defined(FASTLLM_WITH_AVX512)
+    if (name == "avx512_bf16") return isa_avx512::table_bf16();
     if (name == "avx512") return isa_avx512::table();
 #endif
 #if defined(FASTLLM_WITH_AVX2)

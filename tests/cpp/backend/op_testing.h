@@ -208,6 +208,6 @@ class OpTest : public testing::TestWithParam<const char*> {
 inline std::string isa_name(const testing::TestParamInfo<const char*>& info) { return info.param; }
 
 #define FASTLLM_TEST_ALL_ISAS(Suite) \
-  INSTANTIATE_TEST_SUITE_P(Cpu, Suite, testing::Values("base", "avx2", "avx512", "amx"), isa_name)
+  INSTANTIATE_TEST_SUITE_P(Cpu, Suite, testing::Values("base", "avx2", "avx512", "avx512_bf16", "amx"), isa_name)
 
 }  // namespace fastllm::test

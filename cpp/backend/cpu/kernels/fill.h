@@ -18,5 +18,6 @@ void fill_act(Kernels& t);
 void fill_sample(Kernels& t);
 
 Kernels table();
+Kernels table_bf16();  // AVX-512 only: with the products of AVX512_BF16
 
 }  // namespace fastllm::cpu::FASTLLM_ISA

@@ -20,27 +20,6 @@ constexpr int64_t kSlab = 20;  // k blocks of 32 of a slab at most: 40 of the 48
 constexpr int64_t kAhead = 8;  // k blocks of weights fetched ahead of use when they are used once
 constexpr int kAlone = 32;     // lines of a k block: all that are used are fetched
 
-int64_t prepared_bytes(int64_t k) { return kRowBlock * round_up(k, 32) * 2; }
-
-// A block of 32 rows, or the fewer there are: [k / 32][rows][32 k], so that tiles load from consecutive lines whatever
-// ldx is.
-void prepare_bf16(const uint16_t* x, int64_t ldx, int64_t begin, int64_t end, int64_t k, void* prepared) {
-  const int64_t blocks = (k + 31) / 32;
-  auto* base = static_cast<uint16_t*>(prepared);
-  for (int64_t m = begin; m < end; ++m) {
-    const int64_t first = m / kRowBlock * kRowBlock, rows = end - first < kRowBlock ? end - first : kRowBlock;
-    const uint16_t* row = x + m * ldx;
-    uint16_t* to = base + first * blocks * 32 + (m - first) * 32;
-    const int64_t whole = k / 32;
-    for (int64_t b = 0; b < whole; ++b) __builtin_memcpy(to + b * rows * 32, row + b * 32, 64);
-    if (whole < blocks) {
-      uint16_t tail[32] = {};
-      __builtin_memcpy(tail, row + whole * 32, static_cast<size_t>(k % 32) * 2);
-      __builtin_memcpy(to + whole * rows * 32, tail, 64);
-    }
-  }
-}
-
 // Asks for kFetch lines from `ahead` on beside each k block, for the second level, where more lines can be under way
 // than to the first. Inlined at once: GCC takes a function that only prefetches for one without effect.
 template <int kFetch>
@@ -165,8 +144,8 @@ void gemm_bf16(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1
 
 void FASTLLM_ISA::fill_gemm_amx(Kernels& t) {
   t.amx = true;
-  t.prepared_bytes = prepared_bytes;
-  t.prepare_bf16 = prepare_bf16;
+  t.prepared_bytes = pair_bytes;
+  t.prepare_bf16 = prepare_pairs;
   t.gemm_sums = gemm_sums;
   t.gemm_bf16 = gemm_bf16;
 }
