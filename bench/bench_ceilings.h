@@ -6,9 +6,9 @@ namespace fastllm::bench {
 struct Ceilings {
   double read_one = 0, read_all = 0;  // bytes/s from memory, one thread and all
   double fp32 = 0;                    // FLOP/s of fp32 multiply-adds, all threads
-  double bf16 = 0;                    // FLOP/s of bf16 products of tiles, else of vectors, all threads; 0 without either
-  double int8 = 0;                    // OP/s of int8 tile products, all threads; 0 without AMX
-  double int8_vnni = 0;               // OP/s of int8 products in vector registers, all threads; 0 without VNNI
+  double bf16 = 0;       // FLOP/s of bf16 products of tiles, else of vectors, all threads; 0 without either
+  double int8 = 0;       // OP/s of int8 tile products, all threads; 0 without AMX
+  double int8_vnni = 0;  // OP/s of int8 products in vector registers, all threads; 0 without VNNI
 };
 
 // Takes about two seconds; the best of several short runs each. Measured on the first call.

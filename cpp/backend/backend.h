@@ -269,7 +269,8 @@ class Backend {
                            std::span<const std::pair<BlockId, BlockId>> from_to) = 0;
 };
 
-// threads >= 1. isa: "" picks the best the machine has; "base", "avx2", "avx512", "avx512_bf16", "amx" force one (tests).
+// threads >= 1. isa: "" picks the best the machine has; "base", "avx2", "avx512", "avx512_bf16", "amx" force
+// one (tests).
 std::unique_ptr<Backend> make_cpu_backend(int threads, const std::string& isa = "");
 // The same, called on the thread that runs the ops: it is the first of those placed.
 std::unique_ptr<Backend> make_cpu_backend(const ThreadPlacement& placement, const std::string& isa = "");

@@ -14,7 +14,6 @@ namespace fastllm::cpu {
 namespace {
 
 constexpr int kVecs = kPanel / kW;        // vectors of a panel
-constexpr int kTogether = 2;              // vectors that share an activation operand
 constexpr int64_t kQuantAhead = 8 << 10;  // bytes of weights fetched ahead of use
 
 // Rows whose sums have registers. Sanitizers take minutes to compile more than a few.
@@ -27,12 +26,13 @@ constexpr int kQuantRows = 2;
 
 int64_t quant_sums(int64_t, int64_t, int64_t) { return 0; }
 
-// isum of kTogether vectors of columns and R rows over kPart k, from `start` of each row. w: the codes of tile 0 from
-// the part on; tile_bytes: from there to those of tile 1; column: the first of the panel. ahead: as many codes, which
-// are asked for meanwhile, or null.
+// isum of vectors of columns that are taken together and R rows over kPart k, from `start` of each row. w: the codes of
+// tile 0 from the part on; tile_bytes: from there to those of tile 1; column: the first of the panel. fetch: ask for
+// the codes that are used kQuantAhead later.
 template <class Dot, int kBits, int64_t kPart, int R>
-FASTLLM_INLINE inline void sum_part(const char* w, int64_t tile_bytes, int column, const int8_t* x, const char* ahead,
-                                    vi (&isum)[R][kTogether]) {
+FASTLLM_INLINE inline void sum_part(const char* w, int64_t tile_bytes, int column, const int8_t* x, bool fetch,
+                                    vi (&isum)[R][Dot::kTogether]) {
+  constexpr int kTogether = Dot::kTogether;
   for (int64_t k = 0; k < kPart; k += kGroup, w += kGroup * 2 * kBits, x += kGroup) {
     typename Dot::Sum sum[R][kTogether];
     each<R>([&](auto r) FASTLLM_INLINE {
@@ -40,27 +40,24 @@ FASTLLM_INLINE inline void sum_part(const char* w, int64_t tile_bytes, int colum
     });
     each<kGroup / 8>([&](auto pair) FASTLLM_INLINE {
       constexpr int kQuad = decltype(pair)::value * 2;
-      constexpr int64_t kPairBytes = kPanel * kBits;
-      if (ahead) {
-        for (int64_t line = 0; line < kPairBytes; line += 64)
-          __builtin_prefetch(ahead + k * kPanel * kBits / 8 + kQuad / 2 * kPairBytes + line, 0, 3);
-      }
       vu codes[2][kTogether];
       each<kTogether>([&](auto j) FASTLLM_INLINE {
         const int at_column = column + j.value * kW;
-        const char* at = w + at_column / 16 * tile_bytes + at_column % 16 * 4;
+        const char* at = w + at_column / 16 * tile_bytes + at_column % 16 * 4 + kQuad * 8 * kBits;
+        if (fetch && at_column % 16 == 0)
+          for (int line = 0; line < kBits * 16; line += 64) __builtin_prefetch(at + kQuantAhead + line, 0, 3);
         if constexpr (kBits == 8) {
-          codes[0][j.value] = load_u32(at + kQuad * 64);
-          codes[1][j.value] = load_u32(at + kQuad * 64 + 64);
+          codes[0][j.value] = load_u32(at);
+          codes[1][j.value] = load_u32(at + 64);
         } else {
-          const vu both = load_u32(at + kQuad * 32);
+          const vu both = load_u32(at);
           codes[0][j.value] = both & 0x0f0f0f0fu;
           codes[1][j.value] = (both >> 4) & 0x0f0f0f0fu;
         }
       });
       each<2>([&](auto i) FASTLLM_INLINE {
         each<R>([&](auto r) FASTLLM_INLINE {
-          const auto operand = Dot::operand(x + r.value * kSpan + (kQuad + i.value) * 4);
+          const auto operand = Dot::template operand<decltype(r)::value * kSpan + (kQuad + decltype(i)::value) * 4>(x);
           each<kTogether>([&](auto j)
                               FASTLLM_INLINE { Dot::add(sum[r.value][j.value], codes[i.value][j.value], operand); });
         });
@@ -72,37 +69,30 @@ FASTLLM_INLINE inline void sum_part(const char* w, int64_t tile_bytes, int colum
   }
 }
 
-// Adds a part of the product of R rows and a panel to acc. w: its codes in tile 0; scales: of its group; row: the first
-// of its tile; at: k of the span; ahead: as many codes, which are asked for meanwhile, or null.
+// Adds a part of the product of R rows and vectors of a panel, those from `first` on that are taken together, to acc.
+// w: its codes in tile 0; scales: of its group; row: the first of its tile; at: k of the span.
 template <class Dot, int kBits, bool kOffsets, int64_t kPart, int R>
 FASTLLM_INLINE inline void add_part(const char* w, int64_t tile_bytes, const uint16_t* scales, const SpanRows& span,
-                                    int64_t row, int64_t at, const char* ahead, vf (&acc)[R][kVecs]) {
+                                    int64_t row, int64_t at, int first, bool fetch, vf (&acc)[R][kVecs]) {
   const float* steps = span.steps[at / kPart] + row;
   const int32_t* starts = span.starts[at / kPart] + row;
   const float* sums = span.sums[at / kPart] + row;
-  const auto columns = [&](int first) FASTLLM_INLINE {
-    vi isum[R][kTogether];
+  vi isum[R][Dot::kTogether];
+  each<R>([&](auto r) FASTLLM_INLINE {
+    for (vi& v : isum[r.value]) v = kOffsets ? vi{} : set1(starts[r.value]);
+  });
+  sum_part<Dot, kBits, kPart>(w, tile_bytes, first * kW, span.codes[row] + at, fetch, isum);
+  each<Dot::kTogether>([&](auto j) FASTLLM_INLINE {
+    const int vec = first + decltype(j)::value;
+    const vf scale = load_half(scales + vec * kW);
+    vf offset{};
+    if constexpr (kOffsets) offset = load_half(scales + kPanel + vec * kW);
     each<R>([&](auto r) FASTLLM_INLINE {
-      for (vi& v : isum[r.value]) v = kOffsets ? vi{} : set1(starts[r.value]);
+      vf y = scale * __builtin_convertvector(isum[r.value][j.value], vf);
+      if constexpr (kOffsets) y = fused(offset, set1(sums[r.value]), y);
+      acc[r.value][vec] = fused(set1(steps[r.value]), y, acc[r.value][vec]);
     });
-    sum_part<Dot, kBits, kPart>(w, tile_bytes, first * kW, span.codes[row] + at, first == 0 ? ahead : nullptr, isum);
-    each<kTogether>([&](auto j) FASTLLM_INLINE {
-      const int vec = first + decltype(j)::value;
-      const vf scale = load_half(scales + vec * kW);
-      vf offset{};
-      if constexpr (kOffsets) offset = load_half(scales + kPanel + vec * kW);
-      each<R>([&](auto r) FASTLLM_INLINE {
-        vf y = scale * __builtin_convertvector(isum[r.value][j.value], vf);
-        if constexpr (kOffsets) y = fused(offset, set1(sums[r.value]), y);
-        acc[r.value][vec] = fused(set1(steps[r.value]), y, acc[r.value][vec]);
-      });
-    });
-  };
-  if constexpr (kVecs == kTogether) {
-    columns(0);  // a constant leaves acc in registers
-  } else {
-    for (int first = 0; first < kVecs; first += kTogether) columns(first);
-  }
+  });
 }
 
 // kTurns times R rows from m on, all of one tile of rows, times panel p. Rows of other turns wait in memory while some
@@ -118,26 +108,32 @@ void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p, bool first) {
     for (auto& a : turn)
       for (vf& v : a) v = vf{};
   const SpanRows* span = rows_of(g, m);
-  int64_t at = 0;  // in the span
+  __asm__ volatile("" : "+r"(span)::"memory");  // what is no named operand is there
+  int64_t at = 0;                               // in the span
   for (int64_t b = 0; b < groups; ++b, w += bytes) {
-    const char* ahead = first ? w + kQuantAhead : nullptr;
-    if (ahead)
-      for (int64_t line = code_bytes; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
+    if (first)
+      for (int64_t line = code_bytes; line < bytes; line += 64) __builtin_prefetch(w + kQuantAhead + line, 0, 3);
     const auto* scales = reinterpret_cast<const uint16_t*>(w + code_bytes);
-    for (int64_t k = 0; k < group; k += kPart) {
-      const auto add = [&](int turn) FASTLLM_INLINE {
-        add_part<Dot, kBits, kOffsets, kPart, R>(w + k * 2 * kBits, code_bytes / 2, scales, *span, row + turn * R, at,
-                                                 turn == 0 ? ahead : nullptr, acc[turn]);
-      };
-      if constexpr (kTurns == 1) {
-        add(0);  // a constant turn leaves acc in registers
-      } else {
-        for (int turn = 0; turn < kTurns; ++turn) add(turn);
+    const auto columns = [&](int vec) FASTLLM_INLINE {
+      for (int64_t k = 0; k < group; k += kPart) {
+        const auto add = [&](int turn) FASTLLM_INLINE {
+          add_part<Dot, kBits, kOffsets, kPart, R>(w + k * 2 * kBits, code_bytes / 2, scales, *span, row + turn * R,
+                                                   at + k, vec, first && turn == 0, acc[turn]);
+        };
+        if constexpr (kTurns == 1) {
+          add(0);  // a constant turn leaves acc in registers
+        } else {
+          for (int turn = 0; turn < kTurns; ++turn) add(turn);
+        }
       }
-      if (ahead) ahead += kPart * kPanel * kBits / 8;
-      at += kPart;
-      if (at == kSpan) ++span, at = 0;
+    };
+    if constexpr (kVecs <= 2) {
+      each<kVecs / Dot::kTogether>([&](auto i) FASTLLM_INLINE { columns(i.value * Dot::kTogether); });  // as do these
+    } else {
+      for (int vec = 0; vec < kVecs; vec += Dot::kTogether) columns(vec);
     }
+    at += group;
+    if (at == kSpan) ++span, at = 0;
   }
   for (int r = 0; r < kTurns * R; ++r)
     for (int v = 0; v < kVecs; ++v) finish_columns(g, m + r, p * kPanel + v * kW, acc[r / R][r % R][v]);
@@ -157,7 +153,7 @@ void gemm_part(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p
         m += kMost;
       } else {
         with_rows<kFew>(m1 - m, [&](auto rows) {
-          rows_by_panel<Dot, kBits, kOffsets, kPart, decltype(rows)::value, 1>(g, m, p, first);
+          rows_by_panel<typename Dot::Few, kBits, kOffsets, kPart, decltype(rows)::value, 1>(g, m, p, first);
           m += decltype(rows)::value;
         });
       }
