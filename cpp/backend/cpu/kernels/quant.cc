@@ -57,9 +57,9 @@ FASTLLM_INLINE inline void sum_part(const char* w, int64_t tile_bytes, int colum
       });
       each<2>([&](auto i) FASTLLM_INLINE {
         each<R>([&](auto r) FASTLLM_INLINE {
-          const auto operand = Dot::template operand<decltype(r)::value * kSpan + (kQuad + decltype(i)::value) * 4>(x);
+          const auto operand = Dot::operand(x + r.value * kSpan + (kQuad + i.value) * 4);
           each<kTogether>([&](auto j)
-                              FASTLLM_INLINE { Dot::add(sum[r.value][j.value], codes[i.value][j.value], operand); });
+                              FASTLLM_INLINE { Dot::add(sum[r.value][j.value], codes[i.value][j.value], operand, i); });
         });
       });
     });
@@ -108,8 +108,7 @@ void rows_by_panel(const QuantArgs& g, int64_t m, int64_t p, bool first) {
     for (auto& a : turn)
       for (vf& v : a) v = vf{};
   const SpanRows* span = rows_of(g, m);
-  __asm__ volatile("" : "+r"(span)::"memory");  // what is no named operand is there
-  int64_t at = 0;                               // in the span
+  int64_t at = 0;  // in the span
   for (int64_t b = 0; b < groups; ++b, w += bytes) {
     if (first)
       for (int64_t line = code_bytes; line < bytes; line += 64) __builtin_prefetch(w + kQuantAhead + line, 0, 3);
@@ -153,7 +152,7 @@ void gemm_part(const QuantArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p
         m += kMost;
       } else {
         with_rows<kFew>(m1 - m, [&](auto rows) {
-          rows_by_panel<typename Dot::Few, kBits, kOffsets, kPart, decltype(rows)::value, 1>(g, m, p, first);
+          rows_by_panel<Dot, kBits, kOffsets, kPart, decltype(rows)::value, 1>(g, m, p, first);
           m += decltype(rows)::value;
         });
       }
