@@ -86,17 +86,11 @@ void attend_tile(const AttnTask& t, const Work& w, int64_t tile, float* out) {
   small_gemm(w.queries, w.dim, kKvTile, w.scores, kKvTile, w.values, w.dim, out, w.dim);
 }
 
-void attend(const AttnTask& t, float* scratch) {
-  const Work w = layout(t, scratch);
-  t.bf16 ? load_queries<uint16_t>(t, w) : load_queries<float>(t, w);
-  attend_tiles(t, w, [&](int64_t tile, float* out) { attend_tile(t, w, tile, out); });
-}
-
 #if defined(__AMX_BF16__)
 template <bool kByteTiles>
 void attend_on_tiles(const AttnTask& t, float* scratch) {
   const bool codes = t.kv_type == KvType::I8;
-  if (!t.bf16 || t.kv_type == KvType::F32 || (codes && !kByteTiles)) return attend(t, scratch);
+  if (!t.bf16 || t.kv_type == KvType::F32 || (codes && !kByteTiles)) return FASTLLM_ISA::attend(t, scratch);
   const Work w = layout(t, scratch);
   codes ? FASTLLM_ISA::attend_codes(t, w) : FASTLLM_ISA::attend_bf16(t, w);
 }
@@ -112,9 +106,15 @@ void merge(const AttnTask& t, float* scratch) {
 
 }  // namespace
 
+void FASTLLM_ISA::attend(const AttnTask& t, float* scratch) {
+  const Work w = layout(t, scratch);
+  t.bf16 ? load_queries<uint16_t>(t, w) : load_queries<float>(t, w);
+  attend_tiles(t, w, [&](int64_t tile, float* out) { attend_tile(t, w, tile, out); });
+}
+
 void FASTLLM_ISA::fill_attention(Kernels& t) {
   t.attn_scratch = attn_scratch;
-  t.attend = attend;
+  t.attend = FASTLLM_ISA::attend;
   t.merge = merge;
 #if defined(__AMX_BF16__)
   t.attend = FASTLLM_ISA::has_byte_tiles() ? attend_on_tiles<true> : attend_on_tiles<false>;

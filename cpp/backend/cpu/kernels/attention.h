@@ -135,6 +135,10 @@ inline void soften(const AttnTask& t, int64_t query, int64_t begin, const float*
 
 }  // namespace
 
+namespace FASTLLM_ISA {
+void attend(const AttnTask& t, float* scratch);  // in fp32, of every type: attention.cc
+}
+
 #if defined(__AMX_BF16__)
 namespace FASTLLM_ISA {
 // The tile paths, for bf16 activations: attention_amx.cc and attention_amx_int8.cc.

@@ -14,6 +14,7 @@ void fill_choose(Kernels& t);
 void fill_norm(Kernels& t);
 void fill_rope_kv(Kernels& t);
 void fill_attention(Kernels& t);
+void fill_attention_pairs(Kernels& t);  // AVX-512 only, as table_bf16()
 void fill_act(Kernels& t);
 void fill_sample(Kernels& t);
 

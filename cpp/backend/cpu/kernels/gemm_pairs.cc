@@ -11,7 +11,7 @@
 
 #if defined(__AVX512F__) && !defined(__AMX_BF16__)
 
-#include "backend/cpu/kernels/micro.h"
+#include "backend/cpu/kernels/pairs.h"
 
 namespace fastllm::cpu {
 namespace {
@@ -23,25 +23,19 @@ constexpr int kPairRows = 2;
 constexpr int kPairRows = 12;  // 24 sums and the weights have registers
 #endif
 
-// Adds the products of pairs of w and x, a pair that all lanes share, kBytes behind `at`. The instruction is spelled
-// out: other machines of this level lack it. x is not named as an operand: GCC would keep all sums in memory.
-template <int kBytes>
-inline void add_pairs(vf& sum, vu w, const uint16_t* at) {
-  __asm__("vdpbf16ps %c3(%2)%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "r"(at), "i"(kBytes));
-}
-
 // R of the `rows` rows of a prepared block times a panel; a: the first of them.
 template <int R>
 FASTLLM_INLINE inline Acc<R, 2> rows_by_panel(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t k) {
   Acc<R, 2> c{};
-  __asm__ volatile("" : "+r"(a)::"memory");  // what add_pairs() reads is there
   for (int64_t kb = 0; kb < k; kb += 32, a += rows * 32, w += 1024) {
     each<32>([&](auto line) FASTLLM_INLINE {
       constexpr int kLine = decltype(line)::value, kTile = kLine / 16, kPair = kLine % 16;
       __builtin_prefetch(w + kPairAhead + kLine * 32);
       const vu x = load_u32(w + kLine * 32);
-      each<R>([&](auto r)
-                  FASTLLM_INLINE { add_pairs<decltype(r)::value * 64 + kPair * 4>(c.v[r.value][kTile], x, a); });
+      each<R>([&](auto r) FASTLLM_INLINE {
+        vf& sum = c.v[r.value][kTile];
+        sum = add_pairs(sum, x, reinterpret_cast<const Pair*>(a + r.value * 32) + kPair);
+      });
     });
   }
   return c;
@@ -77,6 +71,7 @@ Kernels FASTLLM_ISA::table_bf16() {
   t.prepared_bytes = pair_bytes;
   t.prepare_bf16 = prepare_pairs;
   t.gemm_bf16 = gemm_bf16;
+  fill_attention_pairs(t);
   return t;
 }
 

@@ -1,0 +1,88 @@
+// Attention by VDPBF16PS, for bf16 queries and a bf16 cache: s = q k^T and out = p v, the softmax between them in fp32
+// and p rounded to bf16, as on tiles. Everything else, and how a task is cut, is in attention.cc.
+//
+// Keys are turned to [dim pairs][64 positions][2], values interleaved to [32 position pairs][dim][2]. Cost: 2 head_dim
+// operations per query, head and position, half of those in fp32. Benchmark: --benchmark_filter=Attention
+#include "backend/cpu/kernels/attention_merge.h"
+
+#if defined(__AVX512F__) && !defined(__AMX_BF16__)
+
+#include "backend/cpu/kernels/pairs.h"
+
+namespace fastllm::cpu {
+namespace {
+
+// Up to 32 numbers, the rest zero.
+inline __m512i load_bf16(const uint16_t* p, int64_t n) {
+  return _mm512_maskz_loadu_epi16(n < 32 ? (uint32_t{1} << n) - 1u : ~uint32_t{0}, p);
+}
+
+void load_queries(const AttnTask& t, const Work& w, int64_t cols) {
+  auto* to = reinterpret_cast<uint16_t*>(w.q);
+  for (int64_t i = 0; i < w.queries; ++i, to += cols) {
+    __builtin_memcpy(to, query_row<uint16_t>(t, i), static_cast<size_t>(t.head_dim) * 2);
+    __builtin_memset(to + t.head_dim, 0, static_cast<size_t>(cols - t.head_dim) * 2);
+  }
+}
+
+void turn_keys(const AttnTask& t, const uint16_t* const* rows, int64_t valid, uint16_t* to) {
+  for (int64_t d = 0; d < t.head_dim; d += 32, to += 16 * kKvTile * 2) {
+    for (int64_t j = 0; j < kKvTile; j += 16) {
+      vf r[16];
+      for (int64_t i = 0; i < 16; ++i)
+        r[i] = j + i < valid ? reinterpret_cast<vf>(load_bf16(rows[j + i] + d, t.head_dim - d)) : vf{};
+      transpose16(r);
+      for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + (i * kKvTile + j) * 2, &r[i], 64);
+    }
+  }
+}
+
+void interleave_values(const AttnTask& t, const uint16_t* const* rows, int64_t valid, int64_t dim, uint16_t* to) {
+  // Unpacking works within 128 bits: the eight quads of dims are dealt out so that its halves are 16 dims in order.
+  const __m512i deal = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t j = 0; j < kKvTile; j += 2, to += dim * 2) {
+    for (int64_t d = 0; d < t.head_dim; d += 32) {
+      __m512i pair[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        __m512i v = _mm512_setzero_si512();
+        if (j + i < valid) v = load_bf16(rows[j + i] + t.kv_stride + d, t.head_dim - d);
+        pair[i] = _mm512_permutexvar_epi64(deal, v);
+      }
+      _mm512_storeu_si512(to + d * 2, _mm512_unpacklo_epi16(pair[0], pair[1]));
+      if (d + 16 < dim) _mm512_storeu_si512(to + d * 2 + 32, _mm512_unpackhi_epi16(pair[0], pair[1]));
+    }
+  }
+}
+
+void attend_in_pairs(const AttnTask& t, float* scratch) {
+  if (!t.bf16 || t.kv_type != KvType::BF16) return FASTLLM_ISA::attend(t, scratch);
+  const Work w = layout(t, scratch);
+  const int64_t cols = round_up(t.head_dim, 32);
+  auto *q = reinterpret_cast<uint16_t*>(w.q), *keys = reinterpret_cast<uint16_t*>(w.keys),
+       *values = reinterpret_cast<uint16_t*>(w.values);
+  load_queries(t, w, cols);
+  attend_tiles(t, w, [&](int64_t tile, float* out) {
+    const int64_t begin = tile * kKvTile, end = t.first_pos + t.tokens;
+    const int64_t valid = end - begin < kKvTile ? end - begin : kKvTile;
+    const uint16_t* rows[kKvTile];
+    find_keys(t, begin, valid, rows);
+    turn_keys(t, rows, valid, keys);
+    interleave_values(t, rows, valid, w.dim, values);
+    small_pair_gemm(w.queries, kKvTile, cols / 2, q, cols, keys, w.scores, kKvTile);
+    float* maxima = out + w.queries * w.dim;
+    float* sums = maxima + round_up(w.queries, 16);
+    for (int64_t i = 0; i < w.queries; ++i) {  // a row of p takes the first half of its scores' place
+      float* s = w.scores + i * kKvTile;
+      soften(t, i, begin, s, reinterpret_cast<uint16_t*>(s), maxima + i, sums + i);
+    }
+    small_pair_gemm(w.queries, w.dim, kKvTile / 2, reinterpret_cast<const uint16_t*>(w.scores), kKvTile * 2, values,
+                    out, w.dim);
+  });
+}
+
+}  // namespace
+
+void FASTLLM_ISA::fill_attention_pairs(Kernels& t) { t.attend = attend_in_pairs; }
+
+}  // namespace fastllm::cpu
+#endif
