@@ -68,6 +68,17 @@ void gemm_bf16(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1
   const auto* a = static_cast<const float*>(g.a);
   for (int64_t p = p0; p < p1; ++p) {
     const auto* panel = static_cast<const uint16_t*>(g.w) + p * kPanel * kp;
+    if (m1 - m0 <= 4 * kPanelRows) {  // memory's time or little more
+      for (int64_t m = m0; m < m1; m += kPanelRows) {
+        with_rows<kPanelRows>(m1 - m, [&](auto rows) {
+          constexpr int R = decltype(rows)::value;
+          const auto acc = panel_bf16<R>(a + m * kp, kp, panel, kp);
+          for (int r = 0; r < R; ++r)
+            for (int v = 0; v < kPanel / kW; ++v) finish_columns(g, m + r, p * kPanel + v * kW, acc.v[r][v]);
+        });
+      }
+      continue;
+    }
     for (int64_t col = 0; col < kPanel; col += kMicroCols) {
       const int64_t n = p * kPanel + col;
       if (n >= g.n) break;

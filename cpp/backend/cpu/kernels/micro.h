@@ -61,6 +61,44 @@ inline Acc<R, V> micro_bf16(const float* a, int64_t lda, const uint16_t* w, int6
   return c;
 }
 
+// The same for a whole panel of 32 columns, read in the order of its addresses, as weights come from memory fastest.
+// For as many rows as have registers beside all columns.
+#if defined(__AVX512F__)
+constexpr int kPanelRows = 4;
+#elif defined(__AVX2__)
+constexpr int kPanelRows = 2;
+#else
+constexpr int kPanelRows = 1;
+#endif
+template <int R>
+inline Acc<R, kPanel / kW> panel_bf16(const float* a, int64_t lda, const uint16_t* w, int64_t k) {
+  constexpr int V = 16 / kW;  // vectors of a tile
+  Acc<R, 2 * V> c{};
+  for (int64_t kb = 0; kb < k; kb += 32) {
+    const auto tile = [&]<int kFirst>(const float* ap, Acc<R, 2 * V>& c) {
+      for (int64_t pair = 0; pair < 16; ++pair, w += 32, ap += 2) {
+        __builtin_prefetch(w + 4096);
+        vf even[V], odd[V];
+        for (int j = 0; j < V; ++j) {
+          const vu x = load_u32(w + j * kW * 2);
+          even[j] = as_float(x << 16);
+          odd[j] = as_float(x & 0xffff0000u);
+        }
+        for (int r = 0; r < R; ++r) {
+          const vf a0 = set1(ap[r * lda]), a1 = set1(ap[r * lda + 1]);
+          for (int j = 0; j < V; ++j) {
+            vf& sum = c.v[r][kFirst + j];
+            sum = fma(a1, odd[j], fma(a0, even[j], sum));
+          }
+        }
+      }
+    };
+    tile.template operator()<0>(a + kb, c);
+    tile.template operator()<V>(a + kb, c);
+  }
+  return c;
+}
+
 template <int N>
 struct Rows {
   static constexpr int value = N;
