@@ -1,8 +1,9 @@
 // Attention by VDPBF16PS, for bf16 queries and a bf16 cache: s = q k^T and out = p v, the softmax between them in fp32
 // and p rounded to bf16, as on tiles. Everything else, and how a task is cut, is in attention.cc.
 //
-// Keys are turned to [dim pairs][64 positions][2], values interleaved to [32 position pairs][dim][2]. Cost: 2 head_dim
-// operations per query, head and position, half of those in fp32. Benchmark: --benchmark_filter=Attention
+// Keys are turned to [dim pairs][64 positions][2], values interleaved to [32 position pairs][dim][2]. Cost: head_dim
+// products of pairs per query, head and position, where fp32 takes 2 head_dim of numbers. Benchmark:
+// --benchmark_filter=Attention
 #include "backend/cpu/kernels/attention_merge.h"
 
 #if defined(__AVX512F__) && !defined(__AMX_BF16__)

@@ -4,7 +4,8 @@
 //             y[m][n] = (accumulate ? y[m][n] : 0) + s + (bias ? bias[n] : 0)
 //
 // Cost: N K size_of(weight) bytes while M is small, 2 M N K operations when it is large. bf16 weights meet fp32 copies
-// of the activations here; gemm_amx.cc multiplies bf16 by bf16. Benchmark: fastllm_bench_ops --benchmark_filter=Linear
+// of the activations here; gemm_amx.cc and gemm_pairs.cc multiply bf16 by bf16. Benchmark: fastllm_bench_ops
+// --benchmark_filter=Linear
 #include "backend/cpu/kernels/gemm.h"
 
 #include "backend/cpu/kernels/micro.h"
