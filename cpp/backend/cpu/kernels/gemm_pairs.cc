@@ -41,8 +41,26 @@ FASTLLM_INLINE inline Acc<R, 2> rows_by_panel(const uint16_t* a, int64_t rows, c
   return c;
 }
 
-// Rows [m0, m1) of a block, in turns of about as many, times panel p.
-void block_by_panel(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p) {
+// The same once the panel is in a cache: both tiles of a pair meet an activation that is loaded once.
+template <int R>
+FASTLLM_INLINE inline Acc<R, 2> rows_by_cached(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t k) {
+  Acc<R, 2> c{};
+  for (int64_t kb = 0; kb < k; kb += 32, a += rows * 32, w += 1024) {
+    each<16>([&](auto pair) FASTLLM_INLINE {
+      constexpr int kPair = decltype(pair)::value;
+      const vu x0 = load_u32(w + kPair * 32), x1 = load_u32(w + 512 + kPair * 32);
+      each<R>([&](auto r) FASTLLM_INLINE {
+        const vu v = set1(reinterpret_cast<const Pair*>(a + r.value * 32)[kPair]);
+        c.v[r.value][0] = add_pairs(c.v[r.value][0], x0, v);
+        c.v[r.value][1] = add_pairs(c.v[r.value][1], x1, v);
+      });
+    });
+  }
+  return c;
+}
+
+// Rows [m0, m1) of a block, in turns of about as many, times panel p; cached: of which a block was multiplied just now.
+void block_by_panel(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p, bool cached) {
   const int64_t kp = round_up(g.k, 32), rows = m1 - m0, turns = (rows + kPairRows - 1) / kPairRows;
   const auto* a = static_cast<const uint16_t*>(g.a) + m0 * kp;
   const auto* panel = static_cast<const uint16_t*>(g.w) + p * kPanel * kp;
@@ -50,7 +68,8 @@ void block_by_panel(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p) {
     const int64_t here = rows * (turn + 1) / turns - done;
     with_rows<kPairRows>(here, [&](auto count) {
       constexpr int R = decltype(count)::value;
-      const auto acc = rows_by_panel<R>(a + done * 32, rows, panel, kp);
+      const auto acc =
+          cached ? rows_by_cached<R>(a + done * 32, rows, panel, kp) : rows_by_panel<R>(a + done * 32, rows, panel, kp);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < 2; ++v) finish_columns(g, m0 + done + r, p * kPanel + v * kW, acc.v[r][v]);
     });
@@ -60,7 +79,8 @@ void block_by_panel(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p) {
 
 void gemm_bf16(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p0, int64_t p1) {
   for (int64_t p = p0; p < p1; ++p)
-    for (int64_t m = m0; m < m1; m += kRowBlock) block_by_panel(g, m, m1 - m < kRowBlock ? m1 : m + kRowBlock, p);
+    for (int64_t m = m0; m < m1; m += kRowBlock)
+      block_by_panel(g, m, m1 - m < kRowBlock ? m1 : m + kRowBlock, p, m > m0);
 }
 
 }  // namespace
