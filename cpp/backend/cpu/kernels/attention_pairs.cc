@@ -1,9 +1,10 @@
-// Attention by VDPBF16PS, for bf16 queries and a bf16 cache: s = q k^T and out = p v, the softmax between them in fp32
-// and p rounded to bf16, as on tiles. Everything else, and how a task is cut, is in attention.cc.
+// Attention by VDPBF16PS, for bf16 queries and every cache but fp32: s = q k^T and out = p v, the softmax between them
+// in fp32 and p rounded to bf16, as on tiles. Codes of an int8 cache are bf16 as they are; the scales of keys are taken
+// with the scores, those of values with p. Everything else, and how a task is cut, is in attention.cc.
 //
-// Keys are turned to [dim pairs][64 positions][2], values interleaved to [32 position pairs][dim][2]. Cost: head_dim
-// products of pairs per query, head and position, where fp32 takes 2 head_dim of numbers. Benchmark:
-// --benchmark_filter=Attention
+// Keys are turned to [dim pairs][positions][2], values interleaved to [position pairs][dim][2], as many positions of a
+// tile as there are, in sixteens. Cost: head_dim products of pairs per query, head and position, where fp32 takes
+// 2 head_dim of numbers. Benchmark: --benchmark_filter=Attention
 #include "backend/cpu/kernels/attention_merge.h"
 
 #if defined(__AVX512F__) && !defined(__AMX_BF16__)
@@ -13,9 +14,18 @@
 namespace fastllm::cpu {
 namespace {
 
-// Up to 32 numbers, the rest zero.
-inline __m512i load_bf16(const uint16_t* p, int64_t n) {
-  return _mm512_maskz_loadu_epi16(n < 32 ? (uint32_t{1} << n) - 1u : ~uint32_t{0}, p);
+inline __mmask32 first_lanes(int64_t n) { return n < 32 ? (uint32_t{1} << n) - 1u : ~uint32_t{0}; }
+
+// Up to 32 numbers as bf16, the rest zero.
+inline __m512i load_bf16(const uint16_t* p, int64_t n) { return _mm512_maskz_loadu_epi16(first_lanes(n), p); }
+inline __m512i load_bf16(const Half* p, int64_t n) {
+  const __m512i h = _mm512_maskz_loadu_epi16(first_lanes(n), p);
+  return narrow_pair(_mm512_cvtph_ps(_mm512_castsi512_si256(h)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1)));
+}
+inline __m512i load_bf16(const Code* p, int64_t n) {
+  const __m256i c = _mm256_maskz_loadu_epi8(first_lanes(n), p);
+  return narrow_pair(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(c))),
+                     _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(c, 1))));
 }
 
 void load_queries(const AttnTask& t, const Work& w, int64_t cols) {
@@ -26,22 +36,26 @@ void load_queries(const AttnTask& t, const Work& w, int64_t cols) {
   }
 }
 
-void turn_keys(const AttnTask& t, const uint16_t* const* rows, int64_t valid, uint16_t* to) {
-  for (int64_t d = 0; d < t.head_dim; d += 32, to += 16 * kKvTile * 2) {
-    for (int64_t j = 0; j < kKvTile; j += 16) {
+// positions: valid, up to the next 16
+template <class Kv>
+void turn_keys(const AttnTask& t, const Kv* const* rows, int64_t valid, int64_t positions, uint16_t* to) {
+  for (int64_t d = 0; d < t.head_dim; d += 32, to += 16 * positions * 2) {
+    for (int64_t j = 0; j < positions; j += 16) {
       vf r[16];
       for (int64_t i = 0; i < 16; ++i)
         r[i] = j + i < valid ? reinterpret_cast<vf>(load_bf16(rows[j + i] + d, t.head_dim - d)) : vf{};
       transpose16(r);
-      for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + (i * kKvTile + j) * 2, &r[i], 64);
+      for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + (i * positions + j) * 2, &r[i], 64);
     }
   }
 }
 
-void interleave_values(const AttnTask& t, const uint16_t* const* rows, int64_t valid, int64_t dim, uint16_t* to) {
+template <class Kv>
+void interleave_values(const AttnTask& t, const Kv* const* rows, int64_t valid, int64_t positions, int64_t dim,
+                       uint16_t* to) {
   // Unpacking works within 128 bits: the eight quads of dims are dealt out so that its halves are 16 dims in order.
   const __m512i deal = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int64_t j = 0; j < kKvTile; j += 2, to += dim * 2) {
+  for (int64_t j = 0; j < positions; j += 2, to += dim * 2) {
     for (int64_t d = 0; d < t.head_dim; d += 32) {
       __m512i pair[2];
       for (int64_t i = 0; i < 2; ++i) {
@@ -55,9 +69,22 @@ void interleave_values(const AttnTask& t, const uint16_t* const* rows, int64_t v
   }
 }
 
-void attend_in_pairs(const AttnTask& t, float* scratch) {
-  if (!t.bf16 || t.kv_type != KvType::BF16) return FASTLLM_ISA::attend(t, scratch);
-  const Work w = layout(t, scratch);
+// The softmax of one query's scores, over the first half of their place.
+template <class Kv>
+void soften_row(const AttnTask& t, int64_t query, int64_t begin, const float* key_scales, const float* value_scales,
+                float* s, float* maximum, float* total) {
+  auto* p = reinterpret_cast<uint16_t*>(s);
+  if constexpr (__is_same(Kv, Code)) {
+    for (int64_t j = 0; j < kKvTile; j += kW) store(s + j, load(s + j) * load(key_scales + j));
+    soften(t, query, begin, s, s, maximum, total);
+    for (int64_t j = 0; j < kKvTile; j += kW) store(p + j, load(s + j) * load(value_scales + j));
+  } else {
+    soften(t, query, begin, s, p, maximum, total);
+  }
+}
+
+template <class Kv>
+void attend_as(const AttnTask& t, const Work& w) {
   const int64_t cols = round_up(t.head_dim, 32);
   auto *q = reinterpret_cast<uint16_t*>(w.q), *keys = reinterpret_cast<uint16_t*>(w.keys),
        *values = reinterpret_cast<uint16_t*>(w.values);
@@ -65,20 +92,28 @@ void attend_in_pairs(const AttnTask& t, float* scratch) {
   attend_tiles(t, w, [&](int64_t tile, float* out) {
     const int64_t begin = tile * kKvTile, end = t.first_pos + t.tokens;
     const int64_t valid = end - begin < kKvTile ? end - begin : kKvTile;
-    const uint16_t* rows[kKvTile];
+    const int64_t positions = round_up(valid, 16);  // scores of the others are masked unread
+    const Kv* rows[kKvTile];
+    [[maybe_unused]] float key_scales[kKvTile], value_scales[kKvTile];
     find_keys(t, begin, valid, rows);
-    turn_keys(t, rows, valid, keys);
-    interleave_values(t, rows, valid, w.dim, values);
-    small_pair_gemm(w.queries, kKvTile, cols / 2, q, cols, keys, w.scores, kKvTile);
+    if constexpr (__is_same(Kv, Code)) load_scales(t, begin, valid, key_scales, value_scales);
+    turn_keys(t, rows, valid, positions, keys);
+    interleave_values(t, rows, valid, positions, w.dim, values);
+    small_pair_gemm(w.queries, positions, cols / 2, q, cols, keys, w.scores, kKvTile);
     float* maxima = out + w.queries * w.dim;
     float* sums = maxima + round_up(w.queries, 16);
-    for (int64_t i = 0; i < w.queries; ++i) {  // a row of p takes the first half of its scores' place
-      float* s = w.scores + i * kKvTile;
-      soften(t, i, begin, s, reinterpret_cast<uint16_t*>(s), maxima + i, sums + i);
-    }
-    small_pair_gemm(w.queries, w.dim, kKvTile / 2, reinterpret_cast<const uint16_t*>(w.scores), kKvTile * 2, values,
+    for (int64_t i = 0; i < w.queries; ++i)
+      soften_row<Kv>(t, i, begin, key_scales, value_scales, w.scores + i * kKvTile, maxima + i, sums + i);
+    small_pair_gemm(w.queries, w.dim, positions / 2, reinterpret_cast<const uint16_t*>(w.scores), kKvTile * 2, values,
                     out, w.dim);
   });
+}
+
+void attend_in_pairs(const AttnTask& t, float* scratch) {
+  if (!t.bf16 || t.kv_type == KvType::F32) return FASTLLM_ISA::attend(t, scratch);
+  const Work w = layout(t, scratch);
+  if (t.kv_type == KvType::BF16) return attend_as<uint16_t>(t, w);
+  t.kv_type == KvType::F16 ? attend_as<Half>(t, w) : attend_as<Code>(t, w);
 }
 
 }  // namespace

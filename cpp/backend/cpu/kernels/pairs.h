@@ -22,6 +22,13 @@ inline vf add_pairs(vf sum, vu w, const Pair* x) {
   return sum;
 }
 
+// bf16 of the numbers of two vectors, to nearest even; subnormal ones become zero.
+inline __m512i narrow_pair(__m512 low, __m512 high) {
+  __m512i both;
+  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+  return both;
+}
+
 // a: [R, 2 pairs], lda elements apart; b: [pairs, V * kW, 2], ldb elements apart.
 template <int R, int V>
 FASTLLM_INLINE inline Acc<R, V> micro_pairs(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb,
