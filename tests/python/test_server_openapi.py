@@ -93,6 +93,7 @@ def test_no_generated_request_brings_a_server_error(server: RunningServer, docum
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
 def test_no_generated_request_brings_a_server_error_in_a_long_run(
     server: RunningServer, document: dict[str, Any]
 ) -> None:
