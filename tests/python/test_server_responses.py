@@ -91,15 +91,22 @@ def test_events_come_in_the_official_order_and_agree_with_the_answer(server: Run
     assert all(event.get("item_id", item) == item for event in events)
 
 
-def test_logprobs_come_when_they_are_asked_for(server: RunningServer) -> None:
-    fields = {"max_output_tokens": 8, "ignore_eos": True, "seed": 1}
+@pytest.mark.parametrize("tokens", [8, 300])  # few are scored on the event loop, many on a worker
+def test_logprobs_come_when_they_are_asked_for(server: RunningServer, tokens: int) -> None:
+    fields = {"max_output_tokens": tokens, "ignore_eos": True, "seed": 1}
     assert respond(server, **fields).json["output"][0]["content"][0]["logprobs"] == []
     fields |= {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
-    whole = respond(server, **fields).json["output"][0]["content"][0]["logprobs"]
-    assert len(whole) == 8 and all(len(entry["top_logprobs"]) == 2 for entry in whole)
+    answer = respond(server, **fields).json
+    whole = answer["output"][0]["content"][0]["logprobs"]
+    assert len(whole) == tokens and all(len(entry["top_logprobs"]) == 2 for entry in whole)
+    assert server.ask("GET", f"{PATH}/{answer['id']}").json == answer
     events = events_of(respond(server, **fields, stream=True))
     deltas = [event for event in events if event["type"] == "response.output_text.delta"]
     assert [entry for event in deltas for entry in event["logprobs"]] == whole
+    by_type = {event["type"]: event for event in events}
+    done = by_type["response.output_text.done"]
+    assert done["logprobs"] == by_type["response.content_part.done"]["part"]["logprobs"] == whole
+    assert by_type["response.incomplete"]["response"]["output"][0]["content"][0]["logprobs"] == whole
 
 
 def test_input_counts_as_the_chat_it_amounts_to(server: RunningServer) -> None:

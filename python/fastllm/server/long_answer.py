@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastllm.outputs import RequestOutput
     from fastllm.server.protocol import CommonRequest
 
-_FEW_ITEMS = 200
+FEW_ITEMS = 200
 _ITEMS = 5000  # encoded at once
 _CHARS = 1 << 18
 _WRITTEN_AT_ONCE = 1 << 18  # bytes
@@ -28,7 +28,7 @@ def long_answer(outputs: Sequence[RequestOutput], body: CommonRequest) -> bool:
             items += 4 + prompt + len(sample.logprobs or ())
             if body.return_token_ids:
                 items += len(output.prompt_token_ids) // 100
-    return items > _FEW_ITEMS
+    return items > FEW_ITEMS
 
 
 def raw_array(values: Sequence[Any] | None) -> Any:

@@ -23,6 +23,7 @@ from fastllm.server.elsewhere import worked
 from fastllm.server.errors import bad_request
 from fastllm.server.generation import Job, UsageCounter, collect, first_then_rest, run
 from fastllm.server.logprobs import TokenNames, chat_logprobs
+from fastllm.server.long_answer import FEW_ITEMS, json_response, long_answer
 from fastllm.server.protocol import ChatMessage, ChatRequest, TokenLogprob
 from fastllm.server.responses_builder import ResponseBuilder
 from fastllm.server.responses_input import NAMES, check, listed_items, to_chat, to_messages, wants_logprobs
@@ -146,7 +147,7 @@ def _stored(request: web.Request) -> StoredResponse:
 
 
 def _json(value: Any) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json", charset="utf-8")
+    return json_response(msgspec.json.encode(value))
 
 
 class _Call:
@@ -220,10 +221,16 @@ class _Call:
 
     async def answer(self) -> ResponseObject:
         (output,) = await collect(self.state, [self.job], self.entry.response.id, self.chat)
-        self._tell(output)
-        self.builder.finish(output.outputs[0].finish_reason, self.counter.usage(), int(time.time()))
+        await worked(self.state, long_answer([output], self.chat), self._complete, output)
         self._keep()
         return self.entry.response
+
+    def _complete(self, output: RequestOutput) -> None:
+        self._tell(output)
+        self._finish(output.outputs[0].finish_reason)
+
+    def _finish(self, reason: str | None) -> list[NumberedEvent]:
+        return self.builder.finish(reason, self.counter.usage(), int(time.time()))
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         events = TypedEventStream(request)
@@ -243,7 +250,8 @@ class _Call:
                 raise
             except Exception as exc:
                 return await events.end(*builder.fail(as_api_error(exc)))
-        last = builder.finish(reason, self.counter.usage(), int(time.time()))
+        scored = self.counter.completion if self.top_logprobs is not None else 0
+        last = await worked(self.state, scored > FEW_ITEMS, self._finish, reason)
         self._keep()
         return await events.end(*last)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
+from functools import cached_property
 
+from fastllm.server.long_answer import raw_array
 from fastllm.server.protocol import TokenLogprob
 from fastllm.server.responses_protocol import (
     CallDeltaEvent,
@@ -63,8 +65,12 @@ class MessageItem(Item):
         self._logprobs: list[TokenLogprob] = []
 
     def output(self, status: str) -> OutputMessage:
-        content = [] if status == "in_progress" else [OutputText(self.written, self._logprobs)]
-        return OutputMessage(self.id, status, content)
+        return OutputMessage(self.id, status, [] if status == "in_progress" else [self._whole])
+
+    @cached_property
+    def _whole(self) -> OutputText:
+        """Once nothing is added any more. Three events and the response hold it, so what is long is encoded here."""
+        return OutputText(self.written, raw_array(self._logprobs))
 
     def opening(self) -> list[NumberedEvent]:
         return [*super().opening(), self._part("added", OutputText(""))]
@@ -86,10 +92,10 @@ class MessageItem(Item):
             type="response.output_text.done",
             item_id=self.id,
             output_index=self.index,
-            text=self.written,
-            logprobs=self._logprobs,
+            text=self._whole.text,
+            logprobs=self._whole.logprobs,
         )
-        return [done, self._part("done", OutputText(self.written, self._logprobs)), *super().closing(status)]
+        return [done, self._part("done", self._whole), *super().closing(status)]
 
 
 class ReasoningItem(Item):
