@@ -73,7 +73,7 @@ void interleave_values(const AttnTask& t, const Kv* const* rows, int64_t valid, 
 template <class Kv>
 void soften_row(const AttnTask& t, int64_t query, int64_t begin, const float* key_scales, const float* value_scales,
                 float* s, float* maximum, float* total) {
-  auto* p = reinterpret_cast<uint16_t*>(s);
+  auto* p = reinterpret_cast<Rounded*>(s);
   if constexpr (__is_same(Kv, Code)) {
     for (int64_t j = 0; j < kKvTile; j += kW) store(s + j, load(s + j) * load(key_scales + j));
     soften(t, query, begin, s, s, maximum, total);

@@ -59,6 +59,16 @@ FASTLLM_INLINE inline Acc<R, 2> rows_by_cached(const uint16_t* a, int64_t rows, 
   return c;
 }
 
+// A row's sums of a panel, to where they belong.
+inline void finish_row(const GemmArgs& g, int64_t m, int64_t p, const vf (&sum)[2]) {
+  const int64_t n = p * kPanel;
+  if (g.out_bf16 && !g.accumulate && !g.bias && n + kPanel <= g.n) {
+    _mm512_storeu_si512(static_cast<uint16_t*>(g.out) + m * g.ldo + n, narrow_pair(sum[0], sum[1]));
+  } else {
+    for (int v = 0; v < 2; ++v) finish_columns(g, m, n + v * kW, sum[v]);
+  }
+}
+
 // Rows [m0, m1) of a block, in turns of about as many, times panel p; cached: of which a block was multiplied just now.
 void block_by_panel(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p, bool cached) {
   const int64_t kp = round_up(g.k, 32), rows = m1 - m0, turns = (rows + kPairRows - 1) / kPairRows;
@@ -70,8 +80,7 @@ void block_by_panel(const GemmArgs& g, int64_t m0, int64_t m1, int64_t p, bool c
       constexpr int R = decltype(count)::value;
       const auto acc =
           cached ? rows_by_cached<R>(a + done * 32, rows, panel, kp) : rows_by_panel<R>(a + done * 32, rows, panel, kp);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < 2; ++v) finish_columns(g, m0 + done + r, p * kPanel + v * kW, acc.v[r][v]);
+      for (int r = 0; r < R; ++r) finish_row(g, m0 + done + r, p, acc.v[r]);
     });
     done += here;
   }

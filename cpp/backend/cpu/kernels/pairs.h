@@ -29,6 +29,17 @@ inline __m512i narrow_pair(__m512 low, __m512 high) {
   return both;
 }
 
+// A bf16 that is rounded by the machine's own instruction.
+struct Rounded {
+  uint16_t bits;
+};
+inline vf load(const Rounded* p) { return load(&p->bits); }
+inline void store(Rounded* p, vf x) {
+  __m256i half;
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(x));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+
 // a: [R, 2 pairs], lda elements apart; b: [pairs, V * kW, 2], ldb elements apart.
 template <int R, int V>
 FASTLLM_INLINE inline Acc<R, V> micro_pairs(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb,
