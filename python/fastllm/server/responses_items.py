@@ -6,7 +6,7 @@ import uuid
 from abc import ABC, abstractmethod
 from functools import cached_property
 
-from fastllm.server.long_answer import raw_array
+from fastllm.server.long_answer import FEW_ITEMS, raw_array
 from fastllm.server.protocol import TokenLogprob
 from fastllm.server.responses_protocol import (
     CallDeltaEvent,
@@ -70,7 +70,8 @@ class MessageItem(Item):
     @cached_property
     def _whole(self) -> OutputText:
         """Once nothing is added any more. Three events and the response hold it, so what is long is encoded here."""
-        return OutputText(self.written, raw_array(self._logprobs))
+        logprobs = self._logprobs
+        return OutputText(self.written, logprobs if len(logprobs) <= FEW_ITEMS else raw_array(logprobs))
 
     def opening(self) -> list[NumberedEvent]:
         return [*super().opening(), self._part("added", OutputText(""))]
