@@ -1,6 +1,8 @@
 // Where the keys and values of all layers of one rank lie. Block-major, so that copy, swap and transfer move one
 // contiguous piece per block:  [block][layer][k|v][kv_head][block_size][head_dim]
 //
+// That is the order of rows. A backend may keep what a head has in a block in another one, in the same place.
+//
 // An int8 cache keeps fp32 scales, one for each position, behind the [block_size][head_dim] codes of each kv head:
 // value = scale * code, scale = max |value| / 127.
 #pragma once

@@ -74,6 +74,10 @@ void AttnPlan::add_row(std::int32_t r, const AttnRow& row) {
   }
 }
 
+bool CpuBackend::kv_in_pairs(const KvView& kv, DType activations) const {
+  return kernels_.kv_pairs && is_bf16(activations) && kv_fits_pairs(kv_type(kv.dtype), kv.block_size, kv.head_dim);
+}
+
 void CpuBackend::attention(const Tensor& out, const Tensor& q, const Step& base, const KvView& kv,
                            const AttnArgs& args) {
   const CpuStep& step = cpu_step(base);
@@ -101,6 +105,7 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const Step& base,
     t.block_size = kv.block_size;
     t.block_stride = kv.block_stride;
     t.kv_stride = kv.kv_stride;
+    t.kv_pairs = kv_in_pairs(kv, q.dtype);
     t.scale = args.scale;
     t.softcap = args.softcap;
     t.window = args.window;
@@ -178,7 +183,8 @@ void CpuBackend::qk_norm_rope_write_kv(const Tensor& qkv, const Step& step, int 
                      .block_size = kv.block_size,
                      .block_stride = kv.block_stride,
                      .kv_stride = kv.kv_stride,
-                     .head_stride = kv.head_stride};
+                     .head_stride = kv.head_stride,
+                     .kv_pairs = kv_in_pairs(kv, qkv.dtype)};
   const std::size_t stride = static_cast<std::size_t>(round_up(kv.head_dim, 32)) * 4;
   auto* scratch = thread_scratch(stride);
   split(qkv.rows(), qkv.cols() * 2, [&](std::int64_t begin, std::int64_t end, int thread) {

@@ -83,6 +83,8 @@ class CpuBackend final : public Backend {
                              const float* q_weight, const NormSpec& k_norm, const float* k_weight, const RopeArgs& rope,
                              const KvView& kv) override;
   void attention(const Tensor& out, const Tensor& q, const Step& step, const KvView& kv, const AttnArgs& args) override;
+  // Whether steps with these activations keep keys and values in pairs (kernels.h), not in rows.
+  bool kv_in_pairs(const KvView& kv, DType activations) const;
 
   void mask_logits(const Tensor& logits, std::span<const std::int32_t> rows,
                    std::span<const std::uint32_t> bits) override;

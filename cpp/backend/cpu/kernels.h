@@ -111,6 +111,15 @@ struct NormArgs {
 // How a cache keeps keys and values. I8: codes, and behind those of a block the fp32 scales of its positions.
 enum class KvType : int { F32, BF16, F16, I8 };
 
+// A block's keys and values of one head are rows, [block_size][head_dim], or, where attention multiplies pairs and rows
+// would have to be turned for each query again, in pairs:
+//   keys    [block_size/16][head_dim/2][16 positions][2 dims]
+//   values  [block_size/2][head_dim][2 positions]
+// block_size is a multiple of 16 then, and head_dim one of 32.
+static constexpr bool kv_fits_pairs(KvType type, int block_size, int head_dim) {
+  return type == KvType::BF16 && block_size % 16 == 0 && head_dim % 32 == 0;
+}
+
 struct RopeKvArgs {
   void* qkv;  // [tokens, (heads + 2 kv_heads) head_dim]
   int64_t ld;
@@ -126,6 +135,7 @@ struct RopeKvArgs {
   KvType kv_type;
   int block_size;
   int64_t block_stride, kv_stride, head_stride;  // elements
+  bool kv_pairs;                                 // the order of a block's keys and values
 };
 
 // One block of query tokens of one sequence against the cache of one kv head.
@@ -140,6 +150,7 @@ struct AttnTask {
   const int32_t* table;
   int block_size;
   int64_t block_stride, kv_stride;  // elements
+  bool kv_pairs;                    // the order of a block's keys and values
   float scale, softcap;
   int window;
   const float* slopes;           // [group] or null
@@ -167,7 +178,8 @@ struct GumbelArgs {
 
 struct Kernels {
   const char* name;
-  bool amx;  // the bf16 product runs on tiles
+  bool amx;       // the bf16 product runs on tiles
+  bool kv_pairs;  // attend() takes bf16 queries with a cache in pairs, where it fits
 
   // rows: [n <= 32, k] fp32; panel: one packed panel. tmp: round_up(k, 32) * 2 bytes.
   void (*pack_f32)(const float* rows, int64_t n, int64_t k, float* panel);

@@ -19,7 +19,7 @@ struct Case {
 // One sequence: its blocks lie in random order in a poisoned pool, so reading a wrong slot shows.
 class Sequence {
  public:
-  Sequence(const Case& c, Random& random, int length)
+  Sequence(const Backend& backend, const Case& c, Random& random, int length)
       : c_(c),
         shape_{c.kv_dtype, 1, c.kv_heads, c.block_size, c.head_dim},
         q(Array(c.dtype, length, c.heads * c.head_dim).fill(random)),
@@ -32,6 +32,7 @@ class Sequence {
     for (const int b : order) table.push_back(BlockId{b});
     pool_.assign(static_cast<std::size_t>(shape_.block_bytes()) * static_cast<std::size_t>(blocks + 1),
                  std::byte{0xff});
+    in_pairs_ = kv_in_pairs(backend, view(), c.dtype);
     for (int pos = 0; pos < length; ++pos) {
       for (int h = 0; h < c.kv_heads; ++h) {
         store(pos, false, h, k);
@@ -45,10 +46,12 @@ class Sequence {
   Case c_;
   KvShape shape_;
   std::vector<std::byte> pool_;
+  bool in_pairs_ = false;
 
   // Afterwards x is what the cache made of it.
   void store(int pos, bool is_v, int head, Array& x) {
-    KvSlot slot(view(), table[static_cast<std::size_t>(pos / c_.block_size)], is_v, head, pos % c_.block_size);
+    KvSlot slot(view(), table[static_cast<std::size_t>(pos / c_.block_size)], is_v, head, pos % c_.block_size,
+                in_pairs_);
     float* row = static_cast<float*>(x.tensor().at(pos)) + head * c_.head_dim;
     slot.set({row, static_cast<std::size_t>(c_.head_dim)});
     for (int d = 0; d < c_.head_dim; ++d) row[d] = slot.get(d);
@@ -82,7 +85,7 @@ void check(Backend& backend, Random& random, const Case& c, int length) {
   SCOPED_TRACE(testing::Message() << "heads " << c.heads << "/" << c.kv_heads << " dim " << c.head_dim << " window "
                                   << c.window << " cap " << c.softcap << " alibi " << c.alibi << " length " << length
                                   << " " << name_of(c.dtype) << "/" << name_of(c.kv_dtype));
-  Sequence s(c, random, length);
+  Sequence s(backend, c, random, length);
   std::vector<float> slopes;
   for (int h = 0; c.alibi && h < c.heads; ++h) slopes.push_back(std::exp2f(-static_cast<float>(h + 1)));
   Array whole(c.dtype, length, c.heads * c.head_dim), ones = whole, chunks = whole;
@@ -174,7 +177,7 @@ TEST_P(Attention, rows_do_not_depend_on_how_many_queries_share_a_pass) {
 void check_batch(Backend& backend, Random& random, DType kv_dtype) {
   SCOPED_TRACE(name_of(kv_dtype));
   const Case c{.heads = 6, .kv_heads = 3, .head_dim = 16, .dtype = DType::BF16, .kv_dtype = kv_dtype};
-  Sequence s(c, random, 800);
+  Sequence s(backend, c, random, 800);
   // Several rows of one sequence, as decodes and chunks of different requests sharing blocks would stand.
   const std::vector<std::pair<int, int>> pieces = {{799, 1}, {300, 1}, {0, 40}, {500, 100}, {63, 1}, {64, 2}, {640, 3}};
   int tokens = 0;

@@ -166,13 +166,14 @@ TEST_P(Elementwise, copied_blocks_keep_keys_and_values_of_every_cache) {
 }
 
 void check_rope(Backend& backend, Random& random, DType dtype, DType kv_dtype, int head_dim, int rope_dim,
-                RopeStyle style, NormKind norm) {
+                RopeStyle style, NormKind norm, int block_size = 8) {
   SCOPED_TRACE(testing::Message() << name_of(dtype) << " kv " << name_of(kv_dtype) << " head_dim " << head_dim
                                   << " rope " << rope_dim << " style " << int(style) << " norm " << int(norm));
-  const int heads = 3, kv_heads = 2, block_size = 8, blocks = 7;
+  const int heads = 3, kv_heads = 2, blocks = 7;
   const KvShape shape{kv_dtype, 2, kv_heads, block_size, head_dim};
   std::vector<std::byte> pool(static_cast<std::size_t>(shape.block_bytes()) * blocks, std::byte{0xff});
   const KvView kv = layer_view(pool.data(), shape, 1);
+  const bool in_pairs = kv_in_pairs(backend, kv, dtype);
   const std::vector<BlockId> table0 = {BlockId{3}, BlockId{1}}, table1 = {BlockId{6}, BlockId{2}, BlockId{5}};
   const std::vector<StepRow> rows = {{0, 1, 9, SlotId{0}, false}, {1, 20, 0, SlotId{1}, false}};
   auto tables = table_of(SlotId{0}, table0);
@@ -220,7 +221,7 @@ void check_rope(Backend& backend, Random& random, DType dtype, DType kv_dtype, i
           ASSERT_TRUE(close(qkv.get(t, h * head_dim + d), want, tolerance_of(dtype))) << "head " << h;
           if (h >= heads) {
             const int kv_head = (h - heads) % kv_heads;
-            const KvSlot slot(kv, block, is_v, kv_head, pos % block_size);
+            const KvSlot slot(kv, block, is_v, kv_head, pos % block_size, in_pairs);
             if (kv_dtype == DType::I8) {
               ASSERT_NEAR(slot.get(d), want, 0.51 * slot.get_scale()) << "head " << h;
             } else {
@@ -247,6 +248,7 @@ TEST_P(Elementwise, qk_norm_rope_write_kv_matches_fp64) {
       check_rope(*backend, random, dtype, dtype, head_dim, head_dim, RopeStyle::Half, NormKind::None);
       check_rope(*backend, random, dtype, DType::BF16, head_dim, head_dim / 4 * 2, RopeStyle::Interleaved,
                  NormKind::Rms);
+      check_rope(*backend, random, dtype, DType::BF16, head_dim, head_dim, RopeStyle::Half, NormKind::None, 32);
       check_rope(*backend, random, dtype, DType::F32, head_dim, 0, RopeStyle::Half, NormKind::Layer);
       check_rope(*backend, random, dtype, DType::F32, head_dim, 0, RopeStyle::Half, NormKind::None);
       check_rope(*backend, random, dtype, DType::F16, head_dim, head_dim, RopeStyle::Half, NormKind::None);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/isa.h"
 #include "test_seed.h"
 
@@ -92,17 +93,29 @@ inline std::vector<TableSet> table_of(SlotId slot, std::span<const BlockId> bloc
   return sets;
 }
 
+// Whether the backend keeps keys and values in pairs, see backend/cpu/kernels.h.
+inline bool kv_in_pairs(const Backend& backend, const KvView& kv, DType activations) {
+  const auto* cpu = dynamic_cast<const cpu::CpuBackend*>(&backend);
+  return cpu && cpu->kv_in_pairs(kv, activations);
+}
+
 // One head of one position of a layer's cache: its keys, or its values.
 struct KvSlot {
-  KvSlot(const KvView& kv, BlockId block, bool is_v, int head, int slot)
+  KvSlot(const KvView& kv, BlockId block, bool is_v, int head, int slot, bool in_pairs = false)
       : dtype(kv.dtype),
         element(static_cast<std::byte*>(kv.base) + (static_cast<std::int64_t>(index(block)) * kv.block_stride +
                                                     is_v * kv.kv_stride + head * kv.head_stride) *
                                                        static_cast<std::int64_t>(size_of(dtype))),
         scale(element + kv.block_size * kv.head_dim + slot * 4),
         dim(kv.head_dim) {
-    element += slot * dim * static_cast<int>(size_of(dtype));
+    if (in_pairs) {
+      next_dim = is_v ? 2 : 1, next_pair = is_v ? 4 : 32;
+      element += 2 * (is_v ? slot / 2 * 2 * dim + slot % 2 : slot / 16 * 16 * dim + slot % 16 * 2);
+    } else {
+      element += slot * dim * static_cast<int>(size_of(dtype));
+    }
   }
+  int at(int d) const { return d / 2 * next_pair + d % 2 * next_dim; }  // elements from the first
   // of an int8 cache, else 1
   float get_scale() const {
     float s = 1.0f;
@@ -112,7 +125,7 @@ struct KvSlot {
   float get(int d) const {
     switch (dtype) {
       case DType::BF16:
-        return to_float(reinterpret_cast<const bf16*>(element)[d]);
+        return to_float(reinterpret_cast<const bf16*>(element)[at(d)]);
       case DType::F16:
         return to_float(reinterpret_cast<const f16*>(element)[d]);
       case DType::I8:
@@ -127,7 +140,7 @@ struct KvSlot {
     const float step = most / 127;
     if (dtype == DType::I8) std::memcpy(scale, &step, sizeof step);
     for (std::size_t d = 0; d < x.size(); ++d) {
-      if (dtype == DType::BF16) reinterpret_cast<bf16*>(element)[d] = to_bf16(x[d]);
+      if (dtype == DType::BF16) reinterpret_cast<bf16*>(element)[at(static_cast<int>(d))] = to_bf16(x[d]);
       if (dtype == DType::F16) reinterpret_cast<f16*>(element)[d] = to_f16(x[d]);
       if (dtype == DType::F32) reinterpret_cast<float*>(element)[d] = x[d];
       if (dtype == DType::I8)
@@ -139,6 +152,7 @@ struct KvSlot {
   std::byte* element;  // the first of the slot
   std::byte* scale;    // of an int8 cache
   int dim;
+  int next_dim = 1, next_pair = 2;  // elements from a dim to the next, and from one pair of dims to the next
 };
 
 // A step of these rows that samples nothing. ids: zeros when empty.

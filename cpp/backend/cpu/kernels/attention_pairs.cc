@@ -2,10 +2,12 @@
 // in fp32 and p rounded to bf16, as on tiles. Codes of an int8 cache are bf16 as they are; the scales of keys are taken
 // with the scores, those of values with p. Everything else, and how a task is cut, is in attention.cc.
 //
-// Keys are turned to [dim pairs][positions][2], values interleaved to [position pairs][dim][2], as many positions of a
-// tile as there are, in sixteens. Cost: head_dim products of pairs per query, head and position, where fp32 takes
-// 2 head_dim of numbers. Benchmark: --benchmark_filter=Attention
+// Operands are keys as [16 positions][dim pairs][16][2] and values as [position pairs][dim][2]: a bf16 cache has them
+// so (kernels.h), rows are turned and interleaved first, as many positions of a tile as there are. Cost: head_dim
+// products of pairs per query, head and position, where fp32 takes 2 head_dim of numbers.
+// Benchmark: fastllm_bench_ops --benchmark_filter=Attention
 #include "backend/cpu/kernels/attention_merge.h"
+#include "backend/cpu/kernels/attention_reader.h"
 
 #if defined(__AVX512F__) && !defined(__AMX_BF16__)
 
@@ -36,37 +38,56 @@ void load_queries(const AttnTask& t, const Work& w, int64_t cols) {
   }
 }
 
-// positions: valid, up to the next 16
+// What the products of one KV tile read.
+struct TileOperands {
+  const uint16_t* keys[kKvTile / 16];   // [dim pairs][16 positions][2]
+  const uint16_t* values[kKvTile / 2];  // [dim][2]
+};
+
+// Rows of keys and values into w.keys and w.values.
 template <class Kv>
-void turn_keys(const AttnTask& t, const Kv* const* rows, int64_t valid, int64_t positions, uint16_t* to) {
-  for (int64_t d = 0; d < t.head_dim; d += 32, to += 16 * positions * 2) {
-    for (int64_t j = 0; j < positions; j += 16) {
+void turn_rows(const AttnTask& t, const Work& w, const TileRows<Kv>& rows, TileOperands* operands) {
+  const int64_t cols = round_up(t.head_dim, 32);
+  auto *to = reinterpret_cast<uint16_t*>(w.keys), *values = reinterpret_cast<uint16_t*>(w.values);
+  for (int64_t j = 0; j < rows.valid; j += 16) {
+    operands->keys[j / 16] = to;
+    for (int64_t d = 0; d < cols; d += 32, to += 512) {
       vf r[16];
       for (int64_t i = 0; i < 16; ++i)
-        r[i] = j + i < valid ? reinterpret_cast<vf>(load_bf16(rows[j + i] + d, t.head_dim - d)) : vf{};
+        r[i] = j + i < rows.valid ? reinterpret_cast<vf>(load_bf16(rows.keys[j + i] + d, t.head_dim - d)) : vf{};
       transpose16(r);
-      for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + (i * positions + j) * 2, &r[i], 64);
+      for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + i * 32, &r[i], 64);
     }
   }
-}
-
-template <class Kv>
-void interleave_values(const AttnTask& t, const Kv* const* rows, int64_t valid, int64_t positions, int64_t dim,
-                       uint16_t* to) {
   // Unpacking works within 128 bits: the eight quads of dims are dealt out so that its halves are 16 dims in order.
   const __m512i deal = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int64_t j = 0; j < positions; j += 2, to += dim * 2) {
+  for (int64_t j = 0; j < rows.valid; j += 2, values += w.dim * 2) {
+    operands->values[j / 2] = values;
     for (int64_t d = 0; d < t.head_dim; d += 32) {
       __m512i pair[2];
       for (int64_t i = 0; i < 2; ++i) {
         __m512i v = _mm512_setzero_si512();
-        if (j + i < valid) v = load_bf16(rows[j + i] + t.kv_stride + d, t.head_dim - d);
+        if (j + i < rows.valid) v = load_bf16(rows.keys[j + i] + t.kv_stride + d, t.head_dim - d);
         pair[i] = _mm512_permutexvar_epi64(deal, v);
       }
-      _mm512_storeu_si512(to + d * 2, _mm512_unpacklo_epi16(pair[0], pair[1]));
-      if (d + 16 < dim) _mm512_storeu_si512(to + d * 2 + 32, _mm512_unpackhi_epi16(pair[0], pair[1]));
+      _mm512_storeu_si512(values + d * 2, _mm512_unpacklo_epi16(pair[0], pair[1]));
+      if (d + 16 < w.dim) _mm512_storeu_si512(values + d * 2 + 32, _mm512_unpackhi_epi16(pair[0], pair[1]));
     }
   }
+}
+
+// The same in the cache itself. The value behind the last valid one may be anything, so that pair is copied.
+void find_pairs(const AttnTask& t, const Work& w, const TileRows<uint16_t>& rows, TileOperands* operands) {
+  for (int64_t j = 0; j < rows.valid; j += 16) {
+    operands->keys[j / 16] = rows.keys[j];
+    for (int64_t i = 0; i < 8; ++i) operands->values[j / 2 + i] = rows.keys[j] + t.kv_stride + i * t.head_dim * 2;
+  }
+  if (rows.valid % 2 == 0) return;
+  auto* copy = reinterpret_cast<uint16_t*>(w.values);
+  const uint16_t*& last = operands->values[rows.valid / 2];
+  for (int64_t d = 0; d < t.head_dim; d += 16)
+    _mm512_storeu_si512(copy + d * 2, _mm512_maskz_loadu_epi16(0x55555555, last + d * 2));
+  last = copy;
 }
 
 // The softmax of one query's scores, over the first half of their place.
@@ -86,26 +107,34 @@ void soften_row(const AttnTask& t, int64_t query, int64_t begin, const float* ke
 template <class Kv>
 void attend_as(const AttnTask& t, const Work& w) {
   const int64_t cols = round_up(t.head_dim, 32);
-  auto *q = reinterpret_cast<uint16_t*>(w.q), *keys = reinterpret_cast<uint16_t*>(w.keys),
-       *values = reinterpret_cast<uint16_t*>(w.values);
+  auto* q = reinterpret_cast<uint16_t*>(w.q);
+  const auto* p = reinterpret_cast<const uint16_t*>(w.scores);
   load_queries(t, w, cols);
+  TileReader<Kv> reader(t);
   attend_tiles(t, w, [&](int64_t tile, float* out) {
-    const int64_t begin = tile * kKvTile, end = t.first_pos + t.tokens;
-    const int64_t valid = end - begin < kKvTile ? end - begin : kKvTile;
-    const int64_t positions = round_up(valid, 16);  // scores of the others are masked unread
-    const Kv* rows[kKvTile];
+    reader.begin(tile);
+    const TileRows<Kv>& rows = reader.at(tile);
+    const auto ask = reader.successors();
+    for (int64_t j = 0; j < kKvTile; ++j) ask(j);
     [[maybe_unused]] float key_scales[kKvTile], value_scales[kKvTile];
-    find_keys(t, begin, valid, rows);
-    if constexpr (__is_same(Kv, Code)) load_scales(t, begin, valid, key_scales, value_scales);
-    turn_keys(t, rows, valid, positions, keys);
-    interleave_values(t, rows, valid, positions, w.dim, values);
-    small_pair_gemm(w.queries, positions, cols / 2, q, cols, keys, w.scores, kKvTile);
+    if constexpr (__is_same(Kv, Code)) load_scales(t, rows.begin, rows.valid, key_scales, value_scales);
+    TileOperands operands;
+    if constexpr (__is_same(Kv, uint16_t)) {
+      t.kv_pairs ? find_pairs(t, w, rows, &operands) : turn_rows(t, w, rows, &operands);
+    } else {
+      turn_rows(t, w, rows, &operands);
+    }
+    // Scores of positions that are not valid are masked unread.
+    small_pair_gemm(
+        w.queries, (rows.valid + 15) / 16, cols / 2, q, cols,
+        [&](int64_t j, int64_t pair) FASTLLM_INLINE { return operands.keys[j] + pair * 32; }, w.scores, kKvTile);
     float* maxima = out + w.queries * w.dim;
     float* sums = maxima + round_up(w.queries, 16);
     for (int64_t i = 0; i < w.queries; ++i)
-      soften_row<Kv>(t, i, begin, key_scales, value_scales, w.scores + i * kKvTile, maxima + i, sums + i);
-    small_pair_gemm(w.queries, w.dim, positions / 2, reinterpret_cast<const uint16_t*>(w.scores), kKvTile * 2, values,
-                    out, w.dim);
+      soften_row<Kv>(t, i, rows.begin, key_scales, value_scales, w.scores + i * kKvTile, maxima + i, sums + i);
+    small_pair_gemm(
+        w.queries, w.dim / 16, (rows.valid + 1) / 2, p, kKvTile * 2,
+        [&](int64_t j, int64_t pair) FASTLLM_INLINE { return operands.values[pair] + j * 32; }, out, w.dim);
   });
 }
 
@@ -118,7 +147,10 @@ void attend_in_pairs(const AttnTask& t, float* scratch) {
 
 }  // namespace
 
-void FASTLLM_ISA::fill_attention_pairs(Kernels& t) { t.attend = attend_in_pairs; }
+void FASTLLM_ISA::fill_attention_pairs(Kernels& t) {
+  t.attend = attend_in_pairs;
+  t.kv_pairs = true;
+}
 
 }  // namespace fastllm::cpu
 #endif

@@ -40,14 +40,13 @@ inline void store(Rounded* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
 }
 
-// a: [R, 2 pairs], lda elements apart; b: [pairs, V * kW, 2], ldb elements apart.
-template <int R, int V>
-FASTLLM_INLINE inline Acc<R, V> micro_pairs(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb,
-                                            int64_t pairs) {
+// a: [R, 2 pairs], lda elements apart. line(v, p): pairs p of 16 columns, for v < V.
+template <int R, int V, class Line>
+FASTLLM_INLINE inline Acc<R, V> micro_pairs(const uint16_t* a, int64_t lda, int64_t pairs, Line&& line) {
   Acc<R, V> c{};
-  for (int64_t p = 0; p < pairs; ++p, a += 2, b += ldb) {
+  for (int64_t p = 0; p < pairs; ++p, a += 2) {
     vu w[V];
-    for (int v = 0; v < V; ++v) w[v] = load_u32(b + v * kW * 2);
+    for (int v = 0; v < V; ++v) w[v] = load_u32(line(v, p));
     for (int r = 0; r < R; ++r) {
       uint32_t both;
       __builtin_memcpy(&both, a + r * lda, 4);
@@ -58,26 +57,29 @@ FASTLLM_INLINE inline Acc<R, V> micro_pairs(const uint16_t* a, int64_t lda, cons
   return c;
 }
 
-// c[m, n] = a[m, 2 pairs] b[pairs, n, 2] into fp32; n: multiple of 16. An output's products are added in ascending
-// order.
-inline void small_pair_gemm(int64_t m, int64_t n, int64_t pairs, const uint16_t* a, int64_t lda, const uint16_t* b,
-                            float* c, int64_t ldc) {
-  const auto columns = [&]<int V>(Rows<V>, int64_t j) {
+// c[m, 16 columns] = a[m, 2 pairs] b into fp32; line(j, p): pairs p of b's columns 16 j and on. An output's products
+// are added in ascending order.
+template <class Line>
+FASTLLM_INLINE inline void small_pair_gemm(int64_t m, int64_t columns, int64_t pairs, const uint16_t* a, int64_t lda,
+                                           Line&& line, float* c, int64_t ldc) {
+  const auto some = [&]<int V>(Rows<V>, int64_t j) {
     constexpr int kRows = 24 / V < 8 ? 24 / V : 8;
     for (int64_t i = 0; i < m; i += kRows) {
       with_rows<kRows>(m - i, [&](auto rows) {
         constexpr int R = decltype(rows)::value;
-        const auto sum = micro_pairs<R, V>(a + i * lda, lda, b + j * 2, n * 2, pairs);
+        const auto sum = micro_pairs<R, V>(a + i * lda, lda, pairs,
+                                           [&](int64_t v, int64_t p) FASTLLM_INLINE { return line(j + v, p); });
         each<R>([&](auto r) FASTLLM_INLINE {
           each<V>([&](auto v)
-                      FASTLLM_INLINE { store(c + (i + r.value) * ldc + j + v.value * kW, sum.v[r.value][v.value]); });
+                      FASTLLM_INLINE { store(c + (i + r.value) * ldc + (j + v.value) * kW, sum.v[r.value][v.value]); });
         });
       });
     }
   };
   int64_t j = 0;
-  for (; j + 64 <= n; j += 64) columns(Rows<4>{}, j);
-  for (; j < n; j += 16) columns(Rows<1>{}, j);
+  for (; j + 4 <= columns; j += 4) some(Rows<4>{}, j);
+  for (; j + 2 <= columns; j += 2) some(Rows<2>{}, j);
+  if (j < columns) some(Rows<1>{}, j);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 //   q, k = norm(q), norm(k)                                          (where a norm is asked for)
 //   (a, b) -> (a cos - b sin, b cos + a sin)     pairs (i, i + dim/2), or (2i, 2i + 1) when interleaved
-//   cache[block][slot] = k, v           in an int8 cache codes and a scale
+//   cache[block][slot] = k, v           in an int8 cache codes and a scale; in the order that kernels.h says
 //
 // Cost per token: (heads + 2 kv_heads) head_dim elements read, q and k written back, k and v written to the cache.
 // Benchmark: --benchmark_filter=RopeKv
@@ -50,12 +50,32 @@ void rotate(float* x, const float* cos, int64_t half, bool interleaved) {
   });
 }
 
+// Number by number: another thread may write the other position of a pair.
+void write_pairs(const RopeKvArgs& a, const float* x, bool is_v, int64_t slot, uint16_t* block) {
+  block += slot / 16 * 16 * a.head_dim;
+  const int64_t at = slot % 16;
+  uint16_t bits[32];
+  for (int64_t d = 0; d < a.head_dim; d += 32) {
+    write_row(x + d, 32, bits);
+    if (is_v) {
+      uint16_t* to = block + (at / 2 * a.head_dim + d) * 2 + at % 2;
+      for (int64_t i = 0; i < 32; ++i) to[i * 2] = bits[i];
+    } else {
+      uint16_t* to = block + (d / 2 * 16 + at) * 2;
+      for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + i * 32, bits + i * 2, 4);
+    }
+  }
+}
+
 // Stores x as slot `slot` of the block whose first slot is at `block`.
 template <class Kv>
-void write_slot(const RopeKvArgs& a, const float* x, int64_t slot, Kv* block) {
+void write_slot(const RopeKvArgs& a, const float* x, bool is_v, int64_t slot, Kv* block) {
+  if constexpr (__is_same(Kv, uint16_t)) {
+    if (a.kv_pairs) return write_pairs(a, x, is_v, slot, block);
+  }
   write_row(x, a.head_dim, block + slot * a.head_dim);
 }
-void write_slot(const RopeKvArgs& a, const float* x, int64_t slot, Code* block) {
+void write_slot(const RopeKvArgs& a, const float* x, bool, int64_t slot, Code* block) {
   const int64_t n = a.head_dim;
   vf most{};
   for_vectors(n, [&](int64_t i, int64_t lanes) { most = max(abs(load_some(x + i, lanes)), most); });
@@ -84,11 +104,11 @@ void rope_kv_as(const RopeKvArgs& a, int64_t token, int64_t pos, int64_t block, 
     }
     if (a.rope_dim > 0) rotate(tmp, cos, a.rope_dim / 2, a.interleaved);
     write_row(tmp, d, x);
-    if (!is_q) write_slot(a, tmp, slot, cache + (h - a.heads) * a.head_stride);
+    if (!is_q) write_slot(a, tmp, false, slot, cache + (h - a.heads) * a.head_stride);
   }
   for (int h = 0; h < a.kv_heads; ++h) {
     read_row(row + (a.heads + a.kv_heads + h) * d, d, tmp);
-    write_slot(a, tmp, slot, cache + a.kv_stride + h * a.head_stride);
+    write_slot(a, tmp, true, slot, cache + a.kv_stride + h * a.head_stride);
   }
 }
 
