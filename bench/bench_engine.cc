@@ -30,7 +30,7 @@ struct Options {
   std::string model = "tiny";  // a shape's name or a bundle's folder
   bool bundle = false;
   std::string only, json;
-  int input_len = 32, output_len = 8;  // tokens, of "single"
+  int input_len = 32, output_len = 8, requests = 1;  // of "single", lengths in tokens
   EngineConfig config;
 };
 
@@ -182,8 +182,11 @@ class Bench {
     }
   }
 
-  // One request and nothing before it, for tools that count what a program does.
-  void single() { record("single", go(prompts(1, options_.input_len), {options_.output_len})); }
+  // The same requests and nothing before them, for tools that count what a program does.
+  void single() {
+    const std::vector<int> outputs(static_cast<std::size_t>(options_.requests), options_.output_len);
+    record("single", go(prompts(options_.requests, options_.input_len), outputs));
+  }
 
   void throughput(const std::string& name, int count, int length, int output) {
     if (!fits(length + output)) return;
@@ -248,8 +251,8 @@ class Bench {
 constexpr const char* kUsage =
     R"(usage: fastllm_bench_engine (--shape NAME | --bundle DIR) [options]
   --shape                     llama3-8b, llama3.2-1b, smollm2-135m, small or tiny: random weights
-  --only A,B                  of latency, batch, throughput, mixed, prefill, prefix; default: all. Or single: one
-                              request without a warm-up, --input-len 32 --output-len 8
+  --only A,B                  of latency, batch, throughput, mixed, prefill, prefix; default: all. Or single:
+                              without a warm-up, --requests 1 --input-len 32 --output-len 8
   --json FILE                 results, written after every part
   --device cpu                auto, cpu, cuda or cuda:N
   --dtype bfloat16            or float32              --quantization auto      none, int8 or int4
@@ -274,6 +277,7 @@ Options parse(int argc, char** argv) {
       {"--bundle", [&](const std::string& v) { o.model = v, o.bundle = true; }},
       {"--only", text(o.only)},
       {"--json", text(o.json)},
+      {"--requests", whole(o.requests)},
       {"--input-len", whole(o.input_len)},
       {"--output-len", whole(o.output_len)},
       {"--device", text(c.device)},
