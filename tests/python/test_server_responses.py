@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import openai
@@ -11,7 +12,9 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from fastllm.server.errors import ApiError
+from fastllm.server.long_answer import FEW_ITEMS
 from fastllm.server.protocol import ChatMessage, ContentPart
+from fastllm.server.responses_builder import ResponseBuilder
 from fastllm.server.responses_input import to_messages
 from fastllm.server.responses_protocol import InputItem, InputPart, ResponseObject, TextConfig
 from fastllm.server.responses_store import ResponseStore, StoredResponse
@@ -257,6 +260,38 @@ def test_cancelled_and_deleted_background_responses_free_everything(
     plain = client.responses.create(model="null", input="x", max_output_tokens=2)
     with pytest.raises(openai.BadRequestError, match="background"):
         client.responses.cancel(plain.id)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_background_response_cancelled_while_a_worker_ends_it_stays_cancelled(
+    server: RunningServer, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    """The worker is held before or after it writes the end of the answer; until it is back the response goes on."""
+    held, go, left = threading.Event(), threading.Event(), threading.Event()
+    finish = ResponseBuilder.finish
+
+    def held_finish(*args: Any) -> Any:
+        events = finish(*args) if written else None
+        held.set()
+        assert go.wait(20)
+        events = events or finish(*args)
+        left.set()
+        return events
+
+    monkeypatch.setattr(ResponseBuilder, "finish", held_finish)
+    scored = {"max_output_tokens": FEW_ITEMS + 1, "top_logprobs": 1, "extra_body": {"ignore_eos": True}}
+    made = client.responses.create(model="null", input="x", background=True, **scored)
+    try:
+        assert held.wait(20)
+        running = client.responses.retrieve(made.id)
+        assert running.status == "in_progress" and not running.output
+        assert client.responses.cancel(made.id).status == "cancelled"
+    finally:
+        go.set()
+    assert left.wait(20)
+    kept = client.responses.retrieve(made.id)
+    assert kept.status == "cancelled" and not kept.output and kept.usage is None
+    server.wait_idle()
 
 
 def test_failure_after_the_first_byte_is_an_error_event_and_a_failed_response() -> None:

@@ -193,7 +193,8 @@ class _Call:
             user=body.user,
         )
         self.builder = ResponseBuilder(response)
-        self.entry = StoredResponse(owner, response, conversation, *kept)
+        # Anyone may ask for the stored response while a worker still writes the builder's.
+        self.entry = StoredResponse(owner, msgspec.structs.replace(response, output=[]), conversation, *kept)
 
     def _tell(self, output: RequestOutput) -> list[NumberedEvent]:
         (sample,) = output.outputs
@@ -217,13 +218,13 @@ class _Call:
         self.entry.conversation.append(answer)
         alternatives = self.counter.completion * (1 + self.top_logprobs) if self.top_logprobs is not None else 0
         size = self.entry.size + conversation_bytes([answer]) + alternatives * _LOGPROB_BYTES
-        self.state.responses.add(replace(self.entry, size=size, task=None))
+        self.state.responses.add(replace(self.entry, response=self.builder.response, size=size, task=None))
 
     async def answer(self) -> ResponseObject:
         (output,) = await collect(self.state, [self.job], self.entry.response.id, self.chat)
         await worked(self.state, long_answer([output], self.chat), self._complete, output)
         self._keep()
-        return self.entry.response
+        return self.builder.response
 
     def _complete(self, output: RequestOutput) -> None:
         self._tell(output)
@@ -272,5 +273,6 @@ class _Call:
                 raise
             except Exception as exc:
                 self.builder.fail(as_api_error(exc))
+                self.entry.response = self.builder.response
             finally:
                 self.entry.task = None
