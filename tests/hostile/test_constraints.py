@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import socket
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ANSWER_WITHIN_S, CHAT, COMPLETIONS, REPEATS, Target, check
+from harness import ANSWER_WITHIN_S, CHAT, COMPLETIONS, MESSAGES, REPEATS, RESPONSES, Target, check
 
 KEPT = 256  # compiled grammars
 BAD, OK, EITHER = (400,), (200,), (200, 400)
@@ -83,6 +88,114 @@ def test_row(target: Target, name: str, path: str, body: Any, statuses: tuple[in
             answer = target.ask("POST", path, data)
             assert time.monotonic() - start < 2 * ANSWER_WITHIN_S
             check(answer, statuses, param)
+
+
+class Bait:
+    """A port and a FIFO of our own that tell whether anybody opened them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setblocking(False)
+        self.address: tuple[str, int] = self._listener.getsockname()
+        self.file = folder / "x.json"
+        os.mkfifo(self.file)
+        self.urls = (f"http://127.0.0.1:{self.address[1]}/x.json", self.file.as_uri())
+
+    def connected(self) -> bool:
+        """Since the last call; one that has hung up meanwhile counts."""
+        try:
+            self._listener.accept()[0].close()
+        except BlockingIOError:
+            return False
+        return True
+
+    def opened(self) -> bool:
+        """Whoever reads a FIFO waits for its writer: it cannot come and go unseen."""
+        try:
+            os.close(os.open(self.file, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nobody reads
+                raise
+            return False
+        return True
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def bait(tmp_path: Path) -> Iterator[Bait]:
+    made = Bait(tmp_path)
+    yield made
+    made.close()
+
+
+def leading_to(url: str) -> list[tuple[dict[str, Any], tuple[int, ...]]]:
+    """Schemas that speak of the address, and the statuses for them."""
+    ref = {"$ref": url}
+    references: list[dict[str, Any]] = [
+        ref,
+        {"$ref": f"{url}#/a"},
+        {"$dynamicRef": url},
+        {"type": "object", "properties": {"a": ref}, "required": ["a"]},
+        {"type": "object", "additionalProperties": ref},
+        {"type": "array", "items": {"anyOf": [{"type": "null"}, ref]}},
+        {"$ref": "#/$defs/a", "$defs": {"a": ref}},
+        {"type": "object", "$defs": {"a": ref}},
+    ]
+    names: list[dict[str, Any]] = [
+        {"$schema": url, "type": "object"},
+        {"$id": url, "type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}},
+        {"$id": url, "$ref": "#/$defs/a", "$defs": {"a": {"$id": f"{url}/a", "type": "object"}}},
+    ]
+    return [(value, BAD) for value in references] + [(value, EITHER) for value in names]
+
+
+def asking_for(value: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A request for every place where a schema can stand."""
+    text = json.dumps(value)
+    tags = {"structures": [{"begin": "<a>", "schema": value, "end": "</a>"}], "triggers": ["<a"]}
+    tag = {"begin": "<a>", "content": {"type": "json_schema", "json_schema": value}, "end": "</a>"}
+    form = {"format": {"type": "triggered_tags", "tags": [tag], "triggers": ["<a"]}}
+    fields: list[dict[str, Any]] = [
+        schema(value),
+        {"response_format": {"type": "json_object", "schema": value}},
+        *({"response_format": {"type": "structural_tag", **given}} for given in (tags, form)),
+        *({"structured_outputs": {"json": given}} for given in (value, text)),
+        *({"structured_outputs": {"structural_tag": given}} for given in (tags, json.dumps(form))),
+        {"structured_outputs": {"grammar": f"start: %json {text}"}},
+        *({"guided_json": given} for given in (value, text)),
+        {"guided_grammar": f"start: %json {text}"},
+    ]
+    for field in fields:
+        yield COMPLETIONS, complete(**field)
+        yield CHAT, chat(**field)
+    answer = {"type": "json_schema", "schema": value}
+    yield RESPONSES, {"input": "x", "max_output_tokens": 3, "text": {"format": {"name": "x", **answer}}}
+    yield MESSAGES, chat(output_config={"format": answer})
+    for strict in (True, False):
+        function = {"name": "f", "parameters": value, "strict": strict}
+        for choice in ("auto", "required"):
+            yield CHAT, chat(tools=[{"type": "function", "function": function}], tool_choice=choice)
+            flat = [{"type": "function", **function}]
+            yield RESPONSES, {"input": "x", "max_output_tokens": 3, "tools": flat, "tool_choice": choice}
+        yield MESSAGES, chat(tools=[{"name": "f", "input_schema": value, "strict": strict}])
+
+
+def test_c38_what_a_schema_refers_to_is_never_opened(target: Target, bait: Bait) -> None:
+    """Each of some hundred requests once."""
+    with target.undisturbed():
+        for url in bait.urls:
+            for value, statuses in leading_to(url):
+                for path, body in asking_for(value):
+                    answer = target.ask("POST", path, body)
+                    assert answer.status in statuses, (path, body, answer.body[:300])
+                    assert not bait.connected() and not bait.opened(), (path, body)
+    with socket.create_connection(bait.address):
+        assert bait.connected(), "the port would have told"
+    reader = os.open(bait.file, os.O_RDONLY | os.O_NONBLOCK)
+    assert bait.opened(), "the file would have told"
+    os.close(reader)
 
 
 @pytest.mark.parametrize("grammar", AMBIGUOUS, ids=["stars", "splits", "words"])

@@ -7,9 +7,10 @@ import json
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import test_sockets as sockets
 from harness import (
     ANSWER_WITHIN_S,
     COMPLETIONS,
+    LOOP_LAG_S,
     REPEATS,
     SLOW,
     STREAMS,
@@ -52,6 +54,44 @@ def test_d1_ten_times_the_load_leaves_the_goodput_and_is_refused_at_once() -> No
     assert result.goodput_share > 0.6
     assert result.refused_median_ms < 250
     assert result.rss_after_mib - result.rss_before_mib < 64
+
+
+@contextmanager
+def late_wakings() -> Iterator[list[float]]:
+    """By how many seconds a thread that sleeps all the time woke up too late: what the machine itself stood still."""
+    late, stop = [0.0], threading.Event()
+
+    def sleep() -> None:
+        due = time.monotonic() + 0.02
+        while not stop.wait(due - time.monotonic()):
+            now = time.monotonic()
+            late.append(now - due)
+            due = now + 0.02
+
+    thread = threading.Thread(target=sleep)
+    thread.start()
+    try:
+        yield late
+    finally:
+        stop.set()
+        thread.join()
+
+
+@SLOW
+def test_d1_ten_times_the_load_for_a_minute() -> None:
+    """Who is admitted waits for at most as many as may run and wait; and as long as the machine stands still."""
+    from overload import RUNNING, WAITING, measure
+
+    with late_wakings() as late:
+        result = measure(factor=10, peak_seconds=10, seconds=60, step_ms=10)
+    print(result, f"stood still for {max(late):.3f} s")
+    assert set(result.statuses) <= {"200", "429", "503"} and result.statuses["429"] > 5 * result.statuses["200"]
+    assert result.goodput_share >= 0.9
+    assert result.refused_median_ms < 50
+    longest_wait_s = (RUNNING + WAITING) / (0.9 * result.peak_per_s)
+    assert result.served_p99_ms < 1e3 * (longest_wait_s + 2 * max(late))
+    assert result.rss_after_mib - result.rss_before_mib < 16
+    assert result.loop_work_ms < 1e3 * LOOP_LAG_S
 
 
 def test_d2_10000_aborted_requests_leak_no_block() -> None:
