@@ -133,7 +133,7 @@ void Scheduler::fail(Sequence& seq, ErrorKind kind, const std::string& sentence,
 // Where it had read what others computed, the fault may be theirs: it computes everything once more, by itself.
 void Scheduler::retry_or_fail_poisoned(Sequence& seq, TimePoint now) {
   Request& request = *seq.req;
-  if (seq.has_others_kv && seq.trusts_cache && request.seqs.size() == 1) {
+  if (seq.has_others_kv && seq.trusts_cache && !request.beams) {
     if (seq.state == SeqState::Running) {
       remove_running(seq);
       free_slot(seq);

@@ -157,8 +157,10 @@ std::int32_t Scheduler::attach_kv(Sequence& seq) {
     return kv_.match_prefix(seq.kv, seq.tokens);
   }
   const Sequence& first = *seq.req->seqs[0];
-  if (seq.index > 0 && seq.num_output() == 0 && first.state == SeqState::Running && first.prompt_submitted) {
+  const bool first_has_it = first.state == SeqState::Running && first.prompt_submitted;
+  if (seq.index > 0 && seq.num_output() == 0 && first_has_it && first.trusts_cache == seq.trusts_cache) {
     kv_.fork(first.kv, seq.kv, seq.num_prompt);
+    seq.has_others_kv = first.has_others_kv;
     return seq.num_prompt - 1;
   }
   const bool scores_prompt = seq.index == 0 && seq.req->sampling->prompt_logprobs >= 0;

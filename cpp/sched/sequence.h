@@ -55,7 +55,7 @@ struct Sequence {
   std::int32_t fork_of = -1;        // of a beam not yet resident: the sibling that has all its positions but the last
   bool parked = false;              // of a beam search: its next tokens are known or it is no beam, so it must not run
   std::int32_t cached_tokens = -1;  // at first admission; -1 before it
-  bool has_others_kv = false;       // the table began with a match of the prefix cache
+  bool has_others_kv = false;       // the table, or the elder's that it shares, began with a match of the cache
   bool trusts_cache = true;         // false once what it had from there led to no numbers
   std::int32_t void_samples = 0;    // tokens sampled on the device from what was no number, to be dropped
   std::int32_t num_preemptions = 0;

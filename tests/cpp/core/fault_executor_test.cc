@@ -104,6 +104,46 @@ TEST(Faults, RowThatReadOthersKvIsComputedOnceMoreByItself) {
   }
 }
 
+// Three samples of a prompt that was computed before. Each may be hit, the first while the others wait to share its blocks,
+// and several one after the other.
+TEST(Faults, SamplesThatReadOthersKvAreComputedOnceMoreByThemselves) {
+  const auto tokens_with = [](const char* faults) {
+    const auto loop = loop_with(faults);
+    std::vector<std::vector<TokenId>> tokens(3);
+    std::vector<TokenDelta> news;
+    for (std::uint64_t id = 1; id <= 2; ++id) {
+      RequestInput input = request(id);
+      input.prompt.assign(40, 7);
+      input.sampling.max_tokens = 10;
+      input.sampling.seed = 5;
+      input.sampling.n = id == 1 ? 1 : 3;
+      int live = input.sampling.n;
+      loop->submit(std::move(input));
+      while (live > 0 && loop->poll(news, seconds(60))) {
+        for (const TokenDelta& delta : news) {
+          if (delta.finish != FinishReason::None) {
+            EXPECT_EQ(delta.finish, FinishReason::Length);
+            --live;
+          }
+          if (id == 1) continue;
+          auto& mine = tokens[static_cast<std::size_t>(delta.index)];
+          mine.insert(mine.end(), delta.tokens.begin(), delta.tokens.end());
+          EXPECT_EQ(delta.cached_tokens, 32);
+        }
+      }
+    }
+    EXPECT_EQ(loop->stats().nan_rows, 0);
+    EXPECT_EQ(loop->stats().block_leaks, 0);
+    return tokens;
+  };
+  const auto want = tokens_with("nan@1000");
+  EXPECT_EQ(want[2].size(), 10u);
+  for (const char* faults : {"nan@11", "nan@12", "nan@13", "nan@15", "nan@20", "nan@11,nan@12", "nan@14,nan@15"}) {
+    SCOPED_TRACE(faults);
+    EXPECT_EQ(tokens_with(faults), want);
+  }
+}
+
 TEST(Faults, RowWithoutUsableLogitsFailsWhenItsOwnKvIsToBlame) {
   const auto loop = loop_with("nan@13,nan@17");  // the second comes after the prompt was computed again
   FinishReason finish = FinishReason::None;
