@@ -88,7 +88,15 @@ inline vu load_u32(const void* p) {
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
-inline vf widen(vh h) { return as_float(__builtin_convertvector(h, vu) << 16); }
+inline vf widen(vh h) {  // spelled out: GCC 12 converts halves of the vector one by one
+#if defined(__AVX512F__)
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)), 16));
+#elif defined(__AVX2__)
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h)), 16));
+#else
+  return as_float(__builtin_convertvector(h, vu) << 16);
+#endif
+}
 inline vf load(const uint16_t* p) {
   vh h;
   __builtin_memcpy(&h, p, sizeof h);
@@ -100,7 +108,12 @@ inline vh narrow(vf x) {  // to nearest even; NaN stays NaN
 #else
   const vu u = as_bits(x);
   const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return __builtin_convertvector((x == x) ? rounded : ((u >> 16) | 0x40u), vh);
+  const vu bits = (x == x) ? rounded : ((u >> 16) | 0x40u);
+#if defined(__AVX512F__)
+  return reinterpret_cast<vh>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(bits)));
+#else
+  return __builtin_convertvector(bits, vh);
+#endif
 #endif
 }
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
@@ -146,19 +159,28 @@ inline void store_some(T* p, vf v, int64_t lanes) {
   }
 }
 
+// All lanes in one, by halves: 0 with kW / 2, 1 with kW / 2 + 1, ... then the first half of those.
+template <class F>
+inline float fold(vf v, F&& f) {
+#if defined(__AVX512F__)
+  v = f(v, vf(_mm512_shuffle_f32x4(v, v, 0x4e)));
+  v = f(v, vf(_mm512_shuffle_f32x4(v, v, 0xb1)));
+  v = f(v, vf(_mm512_permute_ps(v, 0x4e)));
+  return f(v, vf(_mm512_permute_ps(v, 0xb1)))[0];
+#elif defined(__AVX2__)
+  v = f(v, vf(_mm256_permute2f128_ps(v, v, 1)));
+  v = f(v, vf(_mm256_permute_ps(v, 0x4e)));
+  return f(v, vf(_mm256_permute_ps(v, 0xb1)))[0];
+#else
+  const vf w = f(v, vf{v[2], v[3], v[0], v[1]});
+  return f(w, vf{w[1], w[0], w[3], w[2]})[0];
+#endif
+}
 inline float sum(vf v) {
-  float lane[kW];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int w = kW / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; ++i) lane[i] += lane[i + w];
-  return lane[0];
+  return fold(v, [](vf a, vf b) { return a + b; });
 }
 inline float max_of(vf v) {
-  float lane[kW];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int w = kW / 2; w > 0; w /= 2)
-    for (int i = 0; i < w; ++i) lane[i] = lane[i] > lane[i + w] ? lane[i] : lane[i + w];
-  return lane[0];
+  return fold(v, [](vf a, vf b) { return max(a, b); });
 }
 
 #if defined(__AVX512F__)
