@@ -30,6 +30,7 @@ using FASTLLM_ISA::Work;
 
 namespace {
 
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kNone = -1e30f;  // maximum of no position at all: finite, so that differences are
 
 // f(part, numbers of 4 bytes) for the parts of Work, in order.
@@ -101,25 +102,35 @@ inline void load_scales(const AttnTask& t, int64_t begin, int64_t n, float* keys
   for (int64_t j = n; j < kKvTile; ++j) keys[j] = values[j] = 0.0f;
 }
 
-// Scores of one query at the tile's positions become p = exp(s - maximum); *total is the sum of p as stored.
-template <class P>
-inline void soften(const AttnTask& t, int64_t query, int64_t begin, const float* s, P* p, float* maximum,
-                   float* total) {
-  constexpr int kVecs = kKvTile / kW;
+// Scores of one query at the tile's positions: -inf where masked, and where there is a soft cap or a slope, scaled and
+// shaped. Returns whether they were.
+inline bool shape_scores(const AttnTask& t, int64_t query, int64_t begin, vf (&x)[kKvTile / kW]) {
   const auto pos = static_cast<int32_t>(t.first_pos + query / t.group);
   const int32_t oldest = t.window > 0 && pos >= t.window ? pos - t.window + 1 : 0;
   const auto first = static_cast<int32_t>(begin);
   const bool whole = first >= oldest && first + kKvTile - 1 <= pos;
+  const bool shaped = t.slopes || t.softcap > 0.0f;
+  if (whole && !shaped) return false;
+  for (int v = 0; v < kKvTile / kW; ++v) {
+    const vi at = iota() + (first + v * kW);
+    if (shaped) x[v] = x[v] * t.scale;
+    if (t.softcap > 0.0f) x[v] = t.softcap * tanh(x[v] / t.softcap);
+    if (t.slopes) x[v] = fma(set1(t.slopes[query % t.group]), __builtin_convertvector(at - pos, vf), x[v]);
+    if (!whole) x[v] = ((at >= oldest) & (at <= pos)) != 0 ? x[v] : set1(-__builtin_inff());
+  }
+  return shaped;
+}
+
+// Scores of one query at the tile's positions become p = exp(s - maximum); *total is the sum of p.
+inline void soften(const AttnTask& t, int64_t query, int64_t begin, const float* s, float* p, float* maximum,
+                   float* total) {
+  constexpr int kVecs = kKvTile / kW;
   vf x[kVecs];
+  for (int v = 0; v < kVecs; ++v) x[v] = load(s + v * kW);
+  const float scale = shape_scores(t, query, begin, x) ? 1.0f : t.scale;
   vf m = set1(kNone);
   for (int v = 0; v < kVecs; ++v) {
-    x[v] = load(s + v * kW) * t.scale;
-    if (t.softcap > 0.0f) x[v] = t.softcap * tanh(x[v] / t.softcap);
-    if (t.slopes || !whole) {
-      const vi at = iota() + (first + v * kW);
-      if (t.slopes) x[v] = fma(set1(t.slopes[query % t.group]), __builtin_convertvector(at - pos, vf), x[v]);
-      if (!whole) x[v] = ((at >= oldest) & (at <= pos)) != 0 ? x[v] : set1(-__builtin_inff());
-    }
+    x[v] = x[v] * scale;
     m = max(x[v], m);
   }
   const float top = max_of(m);
@@ -127,7 +138,7 @@ inline void soften(const AttnTask& t, int64_t query, int64_t begin, const float*
   for (int v = 0; v < kVecs; ++v) {
     const vf e = exp(x[v] - top);
     store(p + v * kW, e);
-    l += load(p + v * kW);
+    l += e;
   }
   *maximum = top;
   *total = sum(l);

@@ -91,17 +91,30 @@ void find_pairs(const AttnTask& t, const Work& w, const TileRows<uint16_t>& rows
 }
 
 // The softmax of one query's scores, over the first half of their place.
-template <class Kv>
-void soften_row(const AttnTask& t, int64_t query, int64_t begin, const float* key_scales, const float* value_scales,
-                float* s, float* maximum, float* total) {
-  auto* p = reinterpret_cast<Rounded*>(s);
-  if constexpr (__is_same(Kv, Code)) {
-    for (int64_t j = 0; j < kKvTile; j += kW) store(s + j, load(s + j) * load(key_scales + j));
-    soften(t, query, begin, s, s, maximum, total);
-    for (int64_t j = 0; j < kKvTile; j += kW) store(p + j, load(s + j) * load(value_scales + j));
-  } else {
-    soften(t, query, begin, s, p, maximum, total);
+void soften_row(const AttnTask& t, int64_t query, int64_t begin, float* s, float* maximum, float* total) {
+  constexpr int kVecs = kKvTile / kW;
+  vf x[kVecs] = {load(s), load(s + kW), load(s + 2 * kW), load(s + 3 * kW)};
+  const bool shaped = shape_scores(t, query, begin, x);
+  const vf unit = set1(shaped ? kLog2e : t.scale * kLog2e);
+  const float top = max_of(max(max(x[0], x[1]), max(max(x[2], x[3]), set1(kNone)))) * unit[0];
+  const vu ones = set1(0x3f803f80u);
+  vf sums{};
+  for (int v = 0; v < kVecs; v += 2) {
+    const __m512i p = narrow_pair(exp2_fast(fma(x[v], unit, set1(-top))), exp2_fast(fma(x[v + 1], unit, set1(-top))));
+    _mm512_storeu_si512(reinterpret_cast<uint16_t*>(s) + v * kW, p);
+    sums = add_pairs(sums, reinterpret_cast<vu>(p), ones);
   }
+  *maximum = top * kLn2;
+  *total = sum(sums);
+}
+
+// The same where keys and values have scales.
+void soften_codes(const AttnTask& t, int64_t query, int64_t begin, const float* key_scales, const float* value_scales,
+                  float* s, float* maximum, float* total) {
+  auto* p = reinterpret_cast<Rounded*>(s);
+  for (int64_t j = 0; j < kKvTile; j += kW) store(s + j, load(s + j) * load(key_scales + j));
+  soften(t, query, begin, s, s, maximum, total);
+  for (int64_t j = 0; j < kKvTile; j += kW) store(p + j, load(s + j) * load(value_scales + j));
 }
 
 template <class Kv>
@@ -130,8 +143,14 @@ void attend_as(const AttnTask& t, const Work& w) {
         [&](int64_t j, int64_t pair) FASTLLM_INLINE { return operands.keys[j] + pair * 32; }, w.scores, kKvTile);
     float* maxima = out + w.queries * w.dim;
     float* sums = maxima + round_up(w.queries, 16);
-    for (int64_t i = 0; i < w.queries; ++i)
-      soften_row<Kv>(t, i, rows.begin, key_scales, value_scales, w.scores + i * kKvTile, maxima + i, sums + i);
+    for (int64_t i = 0; i < w.queries; ++i) {
+      float* s = w.scores + i * kKvTile;
+      if constexpr (__is_same(Kv, Code)) {
+        soften_codes(t, i, rows.begin, key_scales, value_scales, s, maxima + i, sums + i);
+      } else {
+        soften_row(t, i, rows.begin, s, maxima + i, sums + i);
+      }
+    }
     small_pair_gemm(
         w.queries, w.dim / 16, (rows.valid + 1) / 2, p, kKvTile * 2,
         [&](int64_t j, int64_t pair) FASTLLM_INLINE { return operands.values[pair] + j * 32; }, out, w.dim);

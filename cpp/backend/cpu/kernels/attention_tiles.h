@@ -190,23 +190,6 @@ inline void transpose(vf (&r)[n]) {
   }
 }
 
-// 2^x to 3e-6 for x <= 0; 0 where that is next to no normal number.
-inline vf exp2_fast(vf x) {
-  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the last bits
-  const vf shifted = x + magic, r = x - (shifted - magic);
-  vf p = set1(9.5828510e-3f);
-  p = fma(p, r, set1(5.5906426e-2f));
-  p = fma(p, r, set1(2.4024099e-1f));
-  p = fma(p, r, set1(6.9312420e-1f));
-  p = fma(p, r, set1(1.0f));
-  // The exponent by hand: scalef takes as long as all of the above.
-  const __m512i exponent = _mm512_slli_epi32(reinterpret_cast<__m512i>(shifted), 23);
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, set1(-125.0f), _CMP_NLT_UQ);
-  return reinterpret_cast<vf>(_mm512_maskz_add_epi32(normal, reinterpret_cast<__m512i>(p), exponent));
-}
-
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-
 // Scores times log2(e) of `shaped` tasks, which have a soft cap or slopes; others keep theirs. -inf where masked.
 template <class R>
 inline void shape_scores(const AttnTask& t, const Work& w, int64_t tile_begin, int64_t first, bool shaped, vi oldest,
