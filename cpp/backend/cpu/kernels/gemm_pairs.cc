@@ -26,7 +26,7 @@ constexpr int kPairRows = 12;  // 24 sums and the weights have registers
 // R of the `rows` rows of a prepared block times a panel; a: the first of them.
 template <int R>
 FASTLLM_INLINE inline Acc<R, 2> rows_by_panel(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t k) {
-  Acc<R, 2> c{};
+  auto c = no_sums<R, 2>();
   for (int64_t kb = 0; kb < k; kb += 32, a += rows * 32, w += 1024) {
     each<32>([&](auto line) FASTLLM_INLINE {
       constexpr int kLine = decltype(line)::value, kTile = kLine / 16, kPair = kLine % 16;
@@ -44,7 +44,7 @@ FASTLLM_INLINE inline Acc<R, 2> rows_by_panel(const uint16_t* a, int64_t rows, c
 // The same once the panel is in a cache: both tiles of a pair meet an activation that is loaded once.
 template <int R>
 FASTLLM_INLINE inline Acc<R, 2> rows_by_cached(const uint16_t* a, int64_t rows, const uint16_t* w, int64_t k) {
-  Acc<R, 2> c{};
+  auto c = no_sums<R, 2>();
   for (int64_t kb = 0; kb < k; kb += 32, a += rows * 32, w += 1024) {
     each<16>([&](auto pair) FASTLLM_INLINE {
       constexpr int kPair = decltype(pair)::value;

@@ -40,10 +40,18 @@ inline void store(Rounded* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
 }
 
+// Zeros one by one: all at once they would be written to memory first.
+template <int R, int V>
+FASTLLM_INLINE inline Acc<R, V> no_sums() {
+  Acc<R, V> c;
+  each<R>([&](auto r) FASTLLM_INLINE { each<V>([&](auto v) FASTLLM_INLINE { c.v[r.value][v.value] = vf{}; }); });
+  return c;
+}
+
 // a: [R, 2 pairs], lda elements apart. line(v, p): pairs p of 16 columns, for v < V.
 template <int R, int V, class Line>
 FASTLLM_INLINE inline Acc<R, V> micro_pairs(const uint16_t* a, int64_t lda, int64_t pairs, Line&& line) {
-  Acc<R, V> c{};
+  auto c = no_sums<R, V>();
   for (int64_t p = 0; p < pairs; ++p, a += 2) {
     vu w[V];
     for (int v = 0; v < V; ++v) w[v] = load_u32(line(v, p));
