@@ -104,8 +104,8 @@ TEST(Faults, RowThatReadOthersKvIsComputedOnceMoreByItself) {
   }
 }
 
-// Three samples of a prompt that was computed before. Each may be hit, the first while the others wait to share its blocks,
-// and several one after the other.
+// Three samples of a prompt that was computed before. Each may be hit, the first while the others wait to share its
+// blocks, and several one after the other.
 TEST(Faults, SamplesThatReadOthersKvAreComputedOnceMoreByThemselves) {
   const auto tokens_with = [](const char* faults) {
     const auto loop = loop_with(faults);
