@@ -166,9 +166,10 @@ async def run(
             else:
                 yield number, item
     finally:
-        for task in tasks:
+        going = [task for task in tasks if not task.done()]
+        for task in going:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*going, return_exceptions=True)
 
 
 async def collect(state: ServerState, jobs: list[Job], request_id: str, request: CommonRequest) -> list[RequestOutput]:
