@@ -172,6 +172,8 @@ class AsyncLLM:
                     # Not state.finished: while the consumer was busy, more may have come than this output holds.
                     if output.finished:
                         return
+                    if state.error is not None:
+                        stream.event.set()
         finally:
             self._streams.pop(state.core_id, None)
             self._client.forget(state)

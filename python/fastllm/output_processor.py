@@ -123,8 +123,12 @@ class RequestState:
         return sum(len(s.token_ids) for s in self.sequences)
 
     def take(self) -> RequestOutput | None:
-        """The next output, or None if there is nothing to say yet. Raises the request's error, if it has one."""
-        if self.error is not None:
+        """The next output, or None if there is nothing to say yet.
+
+        Raises the request's error, if it has one; a caller that gets outputs on the way first gets what came before it.
+        """
+        on_the_way = self.kind is not RequestOutputKind.FINAL_ONLY and not self.params.ranks
+        if self.error is not None and not (on_the_way and any(s.has_news() for s in self.sequences)):
             raise self.error
         if self.params.ranks:
             chosen = self._best() if self.finished else []
@@ -146,7 +150,7 @@ class RequestState:
                 s.output(self.kind is RequestOutputKind.DELTA, rank if self.params.ranks else s.index)
                 for rank, s in enumerate(chosen)
             ],
-            finished=self.finished,
+            finished=self.finished and self.error is None,
             num_cached_tokens=self.num_cached_tokens,
             num_generated_tokens=self.num_generated_tokens,
             metrics=self.metrics,
@@ -204,7 +208,10 @@ class OutputProcessor:
             ) = delta.times
             state.num_cached_tokens = max(state.num_cached_tokens, delta.cached_tokens)
         if finish == "error":
-            state.error = RequestError(delta.error, delta.error_kind or "engine")
+            if delta.tokens and state.sequences[delta.index].finish_reason is None:
+                self._extend(state.sequences[delta.index], state.params, delta, None)
+            if any(s.finish_reason is None for s in state.sequences):  # else a stop string came before it
+                state.error = RequestError(delta.error, delta.error_kind or "engine")
             return False
         if state.prompt_logprobs is not None and delta.num_prompt_logprobs:
             state.leave_unscored(delta)
